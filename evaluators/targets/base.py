@@ -1,0 +1,60 @@
+"""The Target protocol: an engine on this machine that serves exported models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spaces.capabilities import Capabilities
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Final boxes of one image.
+
+    Attributes:
+        boxes: `(N, 4)` float32 xyxy, pixels of the network's input.
+        scores: `(N,)` float32 in 0..1.
+        labels: `(N,)` int64, category ids of the data set.
+    """
+
+    boxes: NDArray[np.float32]
+    scores: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A model file loaded into an engine."""
+
+    def run(self, images: NDArray[np.float32]) -> Detections:
+        """Whole detector: `(1, 3, H, W)` float32, preprocessed, to final boxes."""
+        ...
+
+    def kernels(self) -> dict[str, str]:
+        """Executed precision by layer name (`i8`, `bf16`, `f32`), read from the engine's own profile."""
+        ...
+
+
+@runtime_checkable
+class Target(Protocol):
+    """An engine with its settings. Stateless; sessions hold what was loaded."""
+
+    name: str
+    capabilities: Capabilities
+
+    def signature(self, threads: int) -> dict[str, Any]:
+        """What latencies depend on: engine and version, CPU model, ISA, threads, precision hint."""
+        ...
+
+    def prepare(self, model: Path, threads: int) -> Session:
+        """Load an exported model file.
+
+        Raises:
+            InputError: the file is missing or no model that this engine reads.
+        """
+        ...

@@ -1,0 +1,109 @@
+"""The Detector protocol: what Paredown must know about a family of detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+Outputs = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Category:
+    """A category of the data set, with the id that its annotations use."""
+
+    id: int
+    name: str
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Ground truth of one image.
+
+    Attributes:
+        boxes: `(G, 4)` float32 xyxy, pixels of the letterboxed image.
+        classes: `(G,)` int64 in `0..num_classes-1`, positions in the data set's list of categories.
+    """
+
+    boxes: Tensor
+    classes: Tensor
+
+
+class Preprocess(BaseModel):
+    """From a decoded image to the network's input.
+
+    The image is scaled to fit `size` keeping its aspect (bilinear), placed at the top left, the rest
+    filled with `pad_value`; channels are ordered as said; then `x = (pixel * scale - mean) / std`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    size: tuple[int, int] = Field(description="height, width in pixels")
+    channel_order: Literal["RGB", "BGR"] = "RGB"
+    scale: float = 1.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    pad_value: int = 114
+
+
+class Postprocess(BaseModel):
+    """From scored boxes to detections; fixed for a study, the same for base, peers and candidates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    score_threshold: float = Field(default=0.01, ge=0.0, lt=1.0)
+    pre_nms_topk: int = Field(default=1000, ge=1)
+    nms_iou: float = Field(default=0.65, gt=0.0, le=1.0)
+    max_detections: int = Field(default=100, ge=1)
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """A family of detectors at one size, for one list of categories. It holds no weights.
+
+    Networks are plain modules: `network(images)` takes `(N, 3, H, W)` float32 and returns raw head
+    outputs, a tuple of tensors with N first, the same in training and evaluation mode, traceable.
+    """
+
+    name: str
+    num_classes: int
+    preprocess: Preprocess
+
+    def build(self) -> nn.Module:
+        """A new network with fresh weights, in training mode."""
+        ...
+
+    def output_layers(self, network: nn.Module) -> frozenset[str]:
+        """Names of the layers whose output channels carry a meaning and must stay."""
+        ...
+
+    def block_of(self, layer: str) -> str:
+        """The block that a layer belongs to (`granularity: block`)."""
+        ...
+
+    def stage_of(self, layer: str) -> str:
+        """The stage that a layer belongs to (`granularity: stage`)."""
+        ...
+
+    def loss(self, outputs: Outputs, labels: Sequence[Labels]) -> Tensor:
+        """The task loss, a scalar, averaged over the batch so that its size does not matter."""
+        ...
+
+    def distillation(self, outputs: Outputs, teacher: Outputs) -> Tensor:
+        """Distance of raw outputs to a teacher's on the same images, a scalar, 0 where they agree."""
+        ...
+
+    def decode(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Boxes `(N, A, 4)` xyxy in input pixels and scores `(N, A, num_classes)` in 0..1, exportable."""
+        ...
+
+    def simplified(self, network: nn.Module) -> nn.Module:
+        """A copy in evaluation mode with exact rewrites for inference (BatchNorm folded and the like).
+
+        Module names of the layers that `spaces.sites` names are kept.
+        """
+        ...

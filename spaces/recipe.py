@@ -1,0 +1,129 @@
+"""Recipes: what is done to a detector, as plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spaces.errors import InputError
+
+BITS = (2, 3, 4, 6, 8, 16, 32)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Prune(_Frozen):
+    """Remove the least important channels of a channel site."""
+
+    kind: Literal["prune"] = "prune"
+    site: str
+    sparsity: float = Field(ge=0.0, lt=1.0, description="share of the channels that is gone, 0.5 = half")
+
+
+class Quantize(_Frozen):
+    """Run (and store) a layer at a bit-width: 32 is float32, 16 is bfloat16, 8 and below are integers."""
+
+    kind: Literal["quantize"] = "quantize"
+    site: str
+    weight_bits: int
+    activation_bits: int
+
+    @model_validator(mode="after")
+    def _known_bits(self) -> Quantize:
+        for bits in (self.weight_bits, self.activation_bits):
+            if bits not in BITS:
+                raise ValueError(f"{bits} bits at {self.site}: choose one of {BITS}")
+        return self
+
+
+class Factorize(_Frozen):
+    """Replace a layer by two or three thinner ones."""
+
+    kind: Literal["factorize"] = "factorize"
+    site: str
+    rank_ratio: float = Field(gt=0.0, le=1.0, description="rank / full rank of the pruned layer")
+
+
+T = TypeVar("T", Prune, Quantize, Factorize)
+Choice = Annotated[Prune | Quantize | Factorize, Field(discriminator="kind")]
+
+
+class Recipe(_Frozen):
+    """A detector's name and the choices made on it; no choice at a site means that the site stays as it is.
+
+    Two recipes with the same choices are equal, serialise to the same JSON and have the same key, in
+    whatever order the choices were given.
+    """
+
+    detector: str
+    choices: tuple[Choice, ...] = ()
+
+    @model_validator(mode="after")
+    def _canonical(self) -> Recipe:
+        kept = sorted((c for c in self.choices if not is_identity(c)), key=lambda c: (c.kind, c.site))
+        for first, second in zip(kept, kept[1:], strict=False):
+            if (first.kind, first.site) == (second.kind, second.site):
+                raise ValueError(f"{first.kind} is chosen twice at site {first.site}")
+        object.__setattr__(self, "choices", tuple(kept))
+        return self
+
+    @property
+    def is_identity(self) -> bool:
+        """True for the base model."""
+        return not self.choices
+
+    @property
+    def key(self) -> str:
+        """12 hex digits, the same on every machine for the same recipe."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def of_kind(self, kind: type[T]) -> dict[str, T]:
+        """The choices of one kind by site."""
+        return {c.site: c for c in self.choices if isinstance(c, kind)}
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted keys, no white space."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """Read what `to_json` wrote.
+
+        Raises:
+            InputError: the text is no recipe; the message says what is wrong with it.
+        """
+        try:
+            return Recipe.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "recipe"
+            raise InputError(f"recipe.{where}", first.get("input"), first["msg"]) from None
+
+
+def is_identity(choice: Prune | Quantize | Factorize) -> bool:
+    """True where a choice changes nothing."""
+    match choice:
+        case Prune():
+            return choice.sparsity == 0.0
+        case Quantize():
+            return choice.weight_bits == choice.activation_bits == 32
+        case Factorize():
+            return False
+
+
+def identity(detector: str) -> Recipe:
+    """The recipe of the base model."""
+    return Recipe(detector=detector)
+
+
+def merged(recipe: Recipe, choices: Iterable[Prune | Quantize | Factorize]) -> Recipe:
+    """`recipe` with `choices` put in the place of its own at the same sites."""
+    by_place = {(c.kind, c.site): c for c in recipe.choices}
+    by_place.update({(c.kind, c.site): c for c in choices})
+    return Recipe(detector=recipe.detector, choices=tuple(by_place.values()))
