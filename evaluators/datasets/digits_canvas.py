@@ -60,7 +60,7 @@ def _photograph(random: np.random.RandomState, tile: NDArray[np.uint8]) -> Pixel
     contrast, shift = random.uniform(0.5, 1.2), random.uniform(-40, 40)
     mean = pixels.mean(axis=(0, 1), keepdims=True)
     pixels = (pixels - mean) * np.float32(contrast) + mean + np.float32(shift)
-    return np.clip(pixels, 0, 255).astype(np.float32)
+    return np.asarray(np.clip(pixels, 0, 255), dtype=np.float32)
 
 
 def _texture(random: np.random.RandomState) -> Pixels:
