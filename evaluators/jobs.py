@@ -1,0 +1,52 @@
+"""What a worker is asked to do, and what it says while it does it: plain data between driver and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from spaces.recipe import Recipe
+
+
+class Job(BaseModel):
+    """One piece of work for one worker."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: str
+    """ "trial", "sensitivity", "probe", ...: the worker chooses its way by it."""
+    name: str
+    """Shown in progress, unique within the study: "trial 12", "sensitivity 3/8"."""
+    number: int | None = None
+    """The Optuna trial number of a job of kind "trial"."""
+    recipe: Recipe | None = None
+    seed: int = 0
+    payload: dict[str, Any] = Field(default_factory=dict)
+
+
+class StageReport(BaseModel):
+    """A step of a job: the worker yields one after each of its stages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: str
+    """The stage that has just ended: "prune", "finetune 2/4", "export", "score", "latency"."""
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Of these, the seconds for which the worker was suspended for somebody's measurement."""
+    next_stage: str = ""
+    result: dict[str, Any] | None = None
+    """Last report only: `Evaluation.model_dump()` for trials, any JSON object for other jobs."""
+
+
+class Worker(Protocol):
+    """Built once per worker process by a picklable factory without arguments, then used for many jobs."""
+
+    def run(self, job: Job) -> Iterator[StageReport]:
+        """Do `job`, yielding after each stage; the last report carries the result.
+
+        Whatever is raised becomes the job's failure; the worker is used again afterwards.
+        """
+        ...

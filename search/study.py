@@ -1,0 +1,201 @@
+"""A study: the Optuna study, what it was made for, and where its files are. Resuming needs nothing else."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote, urlparse
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.exceptions import DuplicatedStudyError
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+
+from search.storage import DEFAULT_URL, mask_url, open_storage
+from search.trials import JOB_PREFIX
+from spaces.errors import InputError
+
+Fingerprint: TypeAlias = Mapping[str, str | int | float | bool | None]
+"""What a result depends on: detector, base weights hash, data, space, target signature, budget, ..."""
+Direction: TypeAlias = Literal["maximize", "minimize"]
+
+FINGERPRINT = "fingerprint"
+ARTIFACT_STORE = "artifact_store"
+_NAME = re.compile(r"[\w.+-][\w.+ -]{0,99}")
+
+
+@dataclass(frozen=True)
+class SearchStudy:
+    """An open study.
+
+    Attributes:
+        optuna: the Optuna study; its metric names are those of the objectives.
+        artifacts: folder of the model files, `trial_folder(number)` within it for each trial.
+        shown_url: the storage URL as it may be shown, the password masked.
+    """
+
+    optuna: optuna.Study
+    artifacts: Path
+    shown_url: str
+
+    @property
+    def name(self) -> str:
+        return self.optuna.study_name
+
+    @property
+    def objectives(self) -> dict[str, Direction]:
+        """Direction by name, in the order of the values of a trial."""
+        names = self.optuna.metric_names or [str(i) for i in range(len(self.optuna.directions))]
+        return {
+            name: "maximize" if direction == StudyDirection.MAXIMIZE else "minimize"
+            for name, direction in zip(names, self.optuna.directions, strict=True)
+        }
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        return dict(self.optuna.user_attrs.get(FINGERPRINT, {}))
+
+    @property
+    def store(self) -> FileSystemArtifactStore:
+        """For small files shown in the dashboard (pictures, notes)."""
+        return FileSystemArtifactStore(self.artifacts)
+
+    def trial_folder(self, number: int) -> Path:
+        """Where the files of trial `number` belong; not made here."""
+        return self.artifacts / f"trial-{number:05d}"
+
+    def job_results(self) -> dict[str, dict[str, Any]]:
+        """Results of the preparatory jobs that succeeded, by job name."""
+        stored = self.optuna.user_attrs
+        return {
+            key.removeprefix(JOB_PREFIX): value["result"]
+            for key, value in stored.items()
+            if key.startswith(JOB_PREFIX) and isinstance(value, dict) and "result" in value
+        }
+
+
+def open_study(
+    name: str,
+    fingerprint: Fingerprint,
+    objectives: Mapping[str, Direction],
+    *,
+    url: str = DEFAULT_URL,
+    artifacts: Path | None = None,
+) -> SearchStudy:
+    """Open study `name`, or create it.
+
+    Args:
+        name: unique within the database.
+        fingerprint: compared with the one of an existing study; every difference refuses it.
+        objectives: two or more, direction by name, e.g. `{"map": "maximize", "latency_ms": "minimize"}`.
+        url: SQLAlchemy URL of the database.
+        artifacts: folder of the model files; default: where the study has them, for a new one
+            `artifacts/<name>` beside the SQLite file (`runs/artifacts/<name>` for a server).
+
+    Raises:
+        InputError: unusable storage, a study made for something else (what differs is listed), or a
+            study that is not ours.
+    """
+    if not _NAME.fullmatch(name):
+        raise InputError("study", name, "use letters, digits, '-', '_', '.', '+' (at most 100 characters)")
+    if len(objectives) < 2:
+        raise InputError("objectives", list(objectives), "name at least two")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = open_storage(url)
+    study = _create_or_load(name, storage, objectives)
+    if FINGERPRINT not in study.user_attrs:
+        if study.get_trials(deepcopy=False):
+            raise InputError("study", name, "was not made by paredown; choose another name with --study")
+        # Also the way of a study whose creator was killed before it came this far.
+        study.set_metric_names(list(objectives))
+        study.set_user_attr(FINGERPRINT, dict(fingerprint))
+    _refuse_differences(study, fingerprint, objectives)
+    folder = _artifact_folder(study, url, artifacts)
+    return SearchStudy(study, folder, mask_url(url))
+
+
+def load_study(name: str, *, url: str = DEFAULT_URL) -> SearchStudy:
+    """Open an existing study for reading, whatever it was made for.
+
+    Raises:
+        InputError: no such database or study; the message lists the studies that are there.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = open_storage(url, create=False)
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        there = sorted(optuna.get_all_study_names(storage))
+        raise InputError(
+            "study", name, f"not in {mask_url(url)}; there: {', '.join(there) or 'none'}"
+        ) from None
+    if FINGERPRINT not in study.user_attrs:
+        raise InputError("study", name, "was not made by paredown")
+    return SearchStudy(study, _artifact_folder(study, url, None), mask_url(url))
+
+
+def _create_or_load(name: str, storage: RDBStorage, objectives: Mapping[str, Direction]) -> optuna.Study:
+    try:
+        return optuna.create_study(study_name=name, storage=storage, directions=list(objectives.values()))
+    except DuplicatedStudyError:
+        return optuna.load_study(study_name=name, storage=storage)
+
+
+def _refuse_differences(
+    study: optuna.Study, fingerprint: Fingerprint, objectives: Mapping[str, Direction]
+) -> None:
+    stored: dict[str, Any] = study.user_attrs[FINGERPRINT]
+    differences = [
+        f"{key}: {stored.get(key)!r} -> {fingerprint.get(key)!r}"
+        for key in sorted({*stored, *fingerprint})
+        if stored.get(key) != fingerprint.get(key)
+    ]
+    directions = ["maximize" if d == StudyDirection.MAXIMIZE else "minimize" for d in study.directions]
+    before = dict(zip(study.metric_names or [], directions, strict=False))
+    if list(before.items()) != list(objectives.items()) or len(directions) != len(objectives):
+        differences.append(f"objectives: {before} -> {dict(objectives)}")
+    if differences:
+        raise InputError(
+            "study",
+            study.study_name,
+            f"was made with other settings ({'; '.join(differences)}); "
+            "go back to them, or start another study with --study NEWNAME",
+        )
+
+
+def _artifact_folder(study: optuna.Study, url: str, wanted: Path | None) -> Path:
+    """The folder of the model files: as asked for, as stored, or beside a database that was moved."""
+    default = _beside(url) / "artifacts" / study.study_name
+    stored = _path_of(study.user_attrs.get(ARTIFACT_STORE))
+    if wanted is not None:
+        folder = wanted
+    elif stored is not None and (stored.is_dir() or not default.is_dir()):
+        folder = stored
+    else:
+        folder = default
+    folder = folder.absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("artifacts", str(folder), f"cannot be made: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise InputError("artifacts", str(folder), "is not writable")
+    if folder != stored:
+        study.set_user_attr(ARTIFACT_STORE, folder.as_uri())
+    return folder
+
+
+def _beside(url: str) -> Path:
+    parsed = urlparse(url)
+    if parsed.scheme.split("+")[0] == "sqlite":
+        return Path(unquote(url.split("///", 1)[1].split("?")[0])).parent
+    return Path("runs")
+
+
+def _path_of(uri: object) -> Path | None:
+    return Path(unquote(urlparse(uri).path)) if isinstance(uri, str) and uri.startswith("file:") else None
