@@ -1,0 +1,334 @@
+"""Latency as a paired ratio: candidate and base model timed in turn, on the same images.
+
+These machines drift by tens of per cent within minutes, and both models drift together: the ratio of two
+runs that follow each other is what stays. Take a measurement inside `QuietSlot.quiet()`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
+from math import comb
+from statistics import median, quantiles
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from evaluators.targets.base import Session
+from spaces.errors import InputError
+
+Images = Sequence[NDArray[np.float32]]
+
+FEWEST_ROUNDS = 6
+"""With fewer samples there is no 95 % interval of a median: 2 * 0.5**6 is the first tail below 5 %."""
+
+_BASE = ""
+
+
+class Times(BaseModel):
+    """Whole-detector times of one model, milliseconds, in the order of the rounds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    p50: float
+    p90: float
+    samples: tuple[float, ...]
+
+
+class PairedLatency(BaseModel):
+    """What one model takes relative to the base.
+
+    Sample `i` of both models is of round `i`, on image `i % images`.
+
+    Attributes:
+        ratio: median over the rounds of candidate time / base time; lower is better.
+        low, high: 95 % interval of that median within this batch.
+        quartiles: of the rounds' ratios.
+        candidate_ms, base_ms: the times that the ratio comes from.
+        images: number of different images, taken in turn.
+        threads: threads of the engine.
+        affinity: CPUs that the process may use; empty where the system does not say.
+        target_spread: bound that `spread` was asked to reach.
+        drift: change of the base between the first and the last third of the rounds, 0.1 = 10 %.
+        stable: False where the base drifted in every batch; the figures are then those of the steadiest.
+        rejected_batches: batches thrown away because the base drifted.
+        seconds: time spent, warm-up, rejected batches and all models of the batch included.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ratio: float
+    low: float
+    high: float
+    quartiles: tuple[float, float]
+    candidate_ms: Times
+    base_ms: Times
+    images: int
+    threads: int
+    affinity: tuple[int, ...]
+    target_spread: float
+    drift: float
+    stable: bool
+    rejected_batches: int
+    seconds: float
+
+    @property
+    def rounds(self) -> int:
+        """Number of paired runs."""
+        return len(self.base_ms.samples)
+
+    @property
+    def spread(self) -> float:
+        """Width of the interval relative to the ratio; above `target_spread` where time ran out."""
+        return (self.high - self.low) / self.ratio
+
+
+def measure_pair(
+    candidate: Session,
+    base: Session,
+    images: Images,
+    *,
+    threads: int,
+    min_rounds: int = 24,
+    max_rounds: int = 400,
+    target_spread: float = 0.02,
+    time_limit_s: float = 10.0,
+    warmup: int = 3,
+    max_drift: float = 0.1,
+    max_batches: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> PairedLatency:
+    """Time a candidate against the base; see `measure_many`."""
+    return measure_many(
+        {"candidate": candidate},
+        base,
+        images,
+        threads=threads,
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
+        target_spread=target_spread,
+        time_limit_s=time_limit_s,
+        warmup=warmup,
+        max_drift=max_drift,
+        max_batches=max_batches,
+        clock=clock,
+    )["candidate"]
+
+
+def measure_many(
+    sessions: Mapping[str, Session],
+    base: Session,
+    images: Images,
+    *,
+    threads: int,
+    min_rounds: int = 24,
+    max_rounds: int = 400,
+    target_spread: float = 0.02,
+    time_limit_s: float = 10.0,
+    warmup: int = 3,
+    max_drift: float = 0.1,
+    max_batches: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, PairedLatency]:
+    """Time several models against the base in one batch, so that they compare with each other, too.
+
+    Each round runs every model once on the same image, in an order that changes from round to round
+    (with one candidate: base first, candidate first, ...). Rounds go on until every ratio's interval is
+    narrower than `target_spread`, or time or rounds run out. A batch in which the base's own time drifts
+    is thrown away and repeated.
+
+    Args:
+        sessions: models by name, loaded into the engine with `threads` threads.
+        base: the frozen base model, loaded in the same way.
+        images: each `(1, 3, H, W)` float32, preprocessed; include blank and crowded ones, as NMS works
+            differently on them.
+        threads: stated in the result.
+        min_rounds, max_rounds: `min_rounds` yields to the time limit, but `FEWEST_ROUNDS` are always run.
+        target_spread: bound on the width of the 95 % interval relative to the ratio.
+        time_limit_s: seconds of one batch after its warm-up; a round that has begun is ended.
+        warmup: untimed runs of each model before each batch.
+        max_drift: bound on the base's drift within a batch.
+        max_batches: batches at most; after the last, the steadiest counts and is marked unstable.
+        clock: seconds, monotonic.
+
+    Raises:
+        InputError: no images, an image of another shape, or rounds out of order.
+    """
+    _check(images, min_rounds, max_rounds)
+    models = {_BASE: base, **sessions}
+    if len(models) != len(sessions) + 1:
+        raise InputError("latency", _BASE, "give every model a name")
+    started = clock()
+    kept: dict[str, list[float]] = {}
+    drift, rejected = float("inf"), 0
+    for _ in range(max_batches):
+        for session in models.values():
+            for run in range(warmup):
+                session.run(images[run % len(images)])
+        batch = _batch(models, images, min_rounds, max_rounds, target_spread, time_limit_s, clock)
+        batch_drift = base_drift(batch[_BASE], len(images))
+        if batch_drift < drift:
+            kept, drift = batch, batch_drift
+        if batch_drift <= max_drift:
+            break
+        rejected += 1
+    stable = drift <= max_drift
+    seconds = clock() - started
+    base_ms = _times(kept.pop(_BASE))
+    results = {}
+    for name, samples in kept.items():
+        ratios = _ratios(samples, base_ms.samples)
+        low, high = median_interval(ratios)
+        first, _, third = quantiles(ratios, n=4, method="inclusive")
+        results[name] = PairedLatency(
+            ratio=median(ratios),
+            low=low,
+            high=high,
+            quartiles=(first, third),
+            candidate_ms=_times(samples),
+            base_ms=base_ms,
+            images=len(images),
+            threads=threads,
+            affinity=_affinity(),
+            target_spread=target_spread,
+            drift=drift,
+            stable=stable,
+            rejected_batches=rejected if stable else rejected - 1,
+            seconds=seconds,
+        )
+    return results
+
+
+def same_speed(a: PairedLatency, b: PairedLatency) -> bool:
+    """True for a tie: the intervals of the two ratios overlap."""
+    return a.low <= b.high and b.low <= a.high
+
+
+def median_interval(samples: Sequence[float]) -> tuple[float, float]:
+    """Distribution-free 95 % interval of the median, from order statistics.
+
+    With n independent samples the median lies between the k-th smallest and the k-th largest with
+    probability 1 - 2 P(B < k), B ~ Binomial(n, 1/2); k is the largest that keeps this at 95 % or more
+    (David and Nagaraja, Order Statistics, 3rd ed., 2003, section 7.1). Below `FEWEST_ROUNDS` samples there
+    is no such k, and the interval is all of the samples.
+    """
+    ordered = sorted(samples)
+    rank = _interval_rank(len(ordered))
+    return ordered[rank - 1], ordered[-rank]
+
+
+@cache
+def _interval_rank(n: int) -> int:
+    k, tail = 0, 0
+    while (tail := tail + comb(n, k)) <= 0.025 * 2**n:
+        k += 1
+    return max(k, 1)
+
+
+def base_drift(base_ms: Sequence[float], images: int) -> float:
+    """How far the last third of the samples is from the first, 0.1 = 10 % slower or faster.
+
+    Images differ in their work, so thirds are compared image by image where an image is in both; the
+    median over the images counts.
+    """
+    third = len(base_ms) // 3
+    first, last = list(enumerate(base_ms))[:third], list(enumerate(base_ms))[-third:]
+    changes = []
+    for image in range(images):
+        before = [ms for i, ms in first if i % images == image]
+        after = [ms for i, ms in last if i % images == image]
+        if before and after:
+            changes.append(median(after) / median(before))
+    if not changes:
+        changes = [median(ms for _, ms in last) / median(ms for _, ms in first)]
+    change = median(changes)
+    return max(change, 1 / change) - 1
+
+
+def balanced_orders(count: int) -> list[list[int]]:
+    """Orders in which every item stands equally often in each place and after each other item.
+
+    Williams' design (Australian J. of Scientific Research A 2, 1949): a model that leaves the caches
+    cold harms each of the others alike. `count` orders for an even count, twice as many for an odd one.
+    """
+    zigzag = [(i + 1) // 2 if i % 2 else (count - i // 2) % count for i in range(count)]
+    orders = [[(item + shift) % count for item in zigzag] for shift in range(count)]
+    return orders if count % 2 == 0 else orders + [order[::-1] for order in orders]
+
+
+def _batch(
+    models: Mapping[str, Session],
+    images: Images,
+    min_rounds: int,
+    max_rounds: int,
+    target_spread: float,
+    time_limit_s: float,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
+    """Times of every model, milliseconds by round."""
+    names = list(models)
+    orders = balanced_orders(len(names))
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with _no_garbage_collection():
+        started = clock()
+        for done in range(max_rounds):
+            late = clock() - started >= time_limit_s
+            if done >= FEWEST_ROUNDS and (late or (done >= min_rounds and _settled(times, target_spread))):
+                break
+            cycle, image = divmod(done, len(images))
+            # An image meets another order in every cycle, whatever the number of images.
+            for position in orders[(image + cycle) % len(orders)]:
+                before = clock()
+                models[names[position]].run(images[image])
+                # Rounded here so that the stored samples give exactly the stored ratio.
+                times[names[position]].append(round((clock() - before) * 1e3, 4))
+    return times
+
+
+def _settled(times: Mapping[str, list[float]], target_spread: float) -> bool:
+    for samples in times.values():
+        ratios = _ratios(samples, times[_BASE])
+        low, high = median_interval(ratios)
+        if high - low > target_spread * median(ratios):
+            return False
+    return True
+
+
+def _ratios(candidate_ms: Sequence[float], base_ms: Sequence[float]) -> list[float]:
+    return [candidate / base for candidate, base in zip(candidate_ms, base_ms, strict=True)]
+
+
+def _times(samples: Sequence[float]) -> Times:
+    p50, p90 = (float(np.percentile(samples, q)) for q in (50, 90))
+    return Times(p50=round(p50, 4), p90=round(p90, 4), samples=tuple(samples))
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _affinity() -> tuple[int, ...]:
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+
+
+def _check(images: Images, min_rounds: int, max_rounds: int) -> None:
+    if not images:
+        raise InputError("latency images", None, "give at least one image to time on")
+    for image in images:
+        if image.ndim != 4 or image.shape[:2] != (1, 3):
+            raise InputError("latency images", image.shape, "must be (1, 3, H, W)")
+    if not FEWEST_ROUNDS <= min_rounds <= max_rounds:
+        raise InputError("min_rounds", min_rounds, f"must lie between {FEWEST_ROUNDS} and max_rounds")
