@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evaluators.latency import (
-    PairedLatency,
-    balanced_orders,
-    base_drift,
-    measure_many,
-    measure_pair,
-    median_interval,
-    same_speed,
-)
+from evaluators.latency import PairedLatency, measure_many, measure_pair, same_speed
 from evaluators.targets.base import Detections
+from evaluators.timing_statistics import balanced_orders, base_drift, median_interval
 from spaces.errors import InputError
 
 
