@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from evaluators.bootstrap import CategoryMatches, difference_interval
 from evaluators.datasets.letterbox import LetterboxedImages, network_input
-from evaluators.datasets.split import DetectionSplit, ImageRecord
+from evaluators.datasets.split import DetectionSplit
 from evaluators.targets.base import Detections, Session
 from spaces.detectors.base import Preprocess
 from spaces.errors import InputError
@@ -76,7 +76,6 @@ def score_session(
     detections = {
         image.id: to_original(
             session.run(network_input(images.pixels[index : index + 1], preprocess)),
-            image,
             float(images.scales[index]),
         )
         for index, image in enumerate(split.images)
@@ -84,10 +83,13 @@ def score_session(
     return coco_figures(split, detections), detections
 
 
-def to_original(found: Detections, image: ImageRecord, scale: float) -> Detections:
-    """Detections on a letterboxed image as detections on the original, cut at its borders."""
-    limits = np.array([image.width, image.height, image.width, image.height], dtype=np.float32)
-    boxes = np.clip(found.boxes.reshape(-1, 4) / np.float32(scale), np.float32(0.0), limits)
+def to_original(found: Detections, scale: float) -> Detections:
+    """Detections on a letterboxed image as detections on the original.
+
+    Boxes are not cut at the borders of the image: what is scored is what the file returns. (Cutting adds
+    0.14 AP to the published YOLOX-nano on 164 images of COCO, a gift that its users would not get.)
+    """
+    boxes = (found.boxes.reshape(-1, 4) / np.float32(scale)).astype(np.float32)
     return Detections(boxes=boxes, scores=found.scores, labels=found.labels)
 
 

@@ -2,7 +2,7 @@
 
 Drawing an image twice is to count its objects and detections twice, so a resample is a vector of counts,
 and average precision is a function of weighted cumulative sums. The result is that of pycocotools on a
-data set in which the images are really repeated.
+data set in which the images are really repeated (up to the order of equal scores in one image).
 """
 
 from __future__ import annotations
