@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
+from PIL import ExifTags, Image
 
 from evaluators.datasets.split import DetectionSplit, ImageRecord, check_box, checked_split
 from spaces.detectors.base import Category
@@ -64,7 +64,7 @@ def read_yolo(source: Path, name: str, role: str) -> DetectionSplit:
     images: list[ImageRecord] = []
     annotations: list[dict[str, Any]] = []
     for number, path in enumerate(_image_paths(source, document, name), start=1):
-        image = ImageRecord(number, path, *_size(path))
+        image = ImageRecord(number, path, *_checked_size(path))
         images.append(image)
         for box, class_number in _boxes(image, classes):
             annotations.append(
@@ -148,13 +148,20 @@ def _listed(path: Path) -> list[Path]:
     return images
 
 
-def _size(path: Path) -> tuple[int, int]:
+def _checked_size(path: Path) -> tuple[int, int]:
+    """Width and height. An EXIF orientation is refused: tools disagree on which way its boxes lie."""
     try:
         with Image.open(path) as image:
-            return image.size
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            size = image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError("image", str(path), f"cannot be decoded ({reason}); replace or remove it") from None
+    if orientation not in (0, 1):
+        raise InputError(
+            "image", str(path), f"has the EXIF orientation {orientation}; turn its pixels and remove the tag"
+        )
+    return size
 
 
 def _label_path(image: Path) -> Path:
