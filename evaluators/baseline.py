@@ -1,0 +1,151 @@
+"""From a data set to a baseline: train, score, and write weights with the figures and how they came about."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from evaluators.accuracy import score_session
+from evaluators.datasets.base import DataConfig, load_splits
+from evaluators.datasets.letterbox import LetterboxedImages
+from evaluators.postprocess import WholeDetector
+from evaluators.torch_session import TorchSession
+from evaluators.training import EpochReport, TrainingPlan, train
+from spaces.detectors.base import Postprocess
+from spaces.detectors.registry import make_detector
+from spaces.detectors.weights import load_weights, save_weights
+from spaces.errors import InputError
+
+
+class BaselineConfig(BaseModel):
+    """What is trained, on what, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    size: tuple[int, int] | None = None
+    data: DataConfig
+    plan: TrainingPlan
+    postprocess: Postprocess = Postprocess()
+
+    @staticmethod
+    def read(path: Path) -> BaselineConfig:
+        """Read a YAML file.
+
+        Raises:
+            InputError: there is no such file, or it is no such configuration.
+        """
+        try:
+            return BaselineConfig.model_validate(yaml.safe_load(path.read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            raise InputError("config", str(path), "is missing or no YAML file") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "config"
+            raise InputError(f"{path}: {where}", first.get("input"), first["msg"]) from None
+
+
+def train_baseline(
+    config: BaselineConfig,
+    output: Path,
+    folder: Path,
+    start: Path | None = None,
+    score_every: int = 0,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Train on fit, score on select and report, and write the weights and a JSON of figures beside them.
+
+    Args:
+        config: what to train.
+        output: the weights, `.safetensors`, stored in half precision; figures are of what was stored.
+        folder: for the images' cache and the checkpoint that a second call goes on from.
+        start: weights to begin with.
+        score_every: epochs between scores on select, 0 for none.
+        say: takes one line at a time.
+
+    Returns:
+        What the JSON holds.
+
+    Raises:
+        InputError: the configuration, the data or the checkpoint are not as they must be.
+    """
+    splits = load_splits(config.data)
+    detector = make_detector(config.model, len(splits["fit"].categories), config.size)
+    look = detector.preprocess
+    images = {
+        role: LetterboxedImages.build(split, look.size, look.pad_value, folder / "cache")
+        for role, split in splits.items()
+    }
+    torch.manual_seed(config.plan.seed)
+    network = detector.build()
+    if start is not None:
+        load_weights(network, start)
+
+    def figures(role: str, trained: nn.Module) -> dict[str, float]:
+        whole = WholeDetector(
+            detector.simplified(trained), detector, config.postprocess, splits[role].categories
+        )
+        return score_session(TorchSession(whole), splits[role], images[role], look)[0]
+
+    seconds = 0.0
+
+    def report(epoch: EpochReport, average: nn.Module) -> None:
+        nonlocal seconds
+        seconds += epoch.seconds
+        line = f"epoch {epoch.epoch}/{config.plan.epochs}  loss {epoch.loss:.3f}  {epoch.seconds:.1f} s"
+        if score_every and epoch.epoch % score_every == 0:
+            line += f"  select AP {figures('select', average)['map']:.2f}"
+        say(line)
+
+    average = train(
+        detector, network, images["fit"], config.plan, folder / f"{output.stem}.checkpoint.pt", report
+    )
+    save_weights(average, output, torch.float16)
+    load_weights(average, output)
+    result = {
+        "model": config.model,
+        "parameters": sum(p.numel() for p in average.parameters()),
+        "figures": {role: _rounded(figures(role, average)) for role in ("select", "report")},
+        "training_seconds_of_last_run": round(seconds, 1),
+        "config": config.model_dump(mode="json"),
+        "data": {role: split.fingerprint() for role, split in splits.items()},
+        "environment": _environment(),
+    }
+    draft = output.with_suffix(f".json.{os.getpid()}")
+    draft.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(draft, output.with_suffix(".json"))
+    for role in ("select", "report"):
+        say(f"{role}: AP {result['figures'][role]['map']}  AP50 {result['figures'][role]['map_50']}")
+    return result
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float | None]:
+    """Two decimals; NaN, which JSON does not know, as null."""
+    return {name: None if value != value else round(value, 2) for name, value in figures.items()}
+
+
+def _environment() -> dict[str, Any]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "torchvision": version("torchvision"),
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,213 @@
+"""Training of baselines: a resumable loop with a moving average of the weights.
+
+Candidates of a search are fine-tuned elsewhere, with a teacher; this is how a base comes about.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from evaluators.augment import Augment, augmented
+from evaluators.datasets.letterbox import LetterboxedImages, network_input
+from spaces.detectors.base import Detector, Labels
+from spaces.errors import InputError
+
+
+class TrainingPlan(BaseModel):
+    """How a baseline is trained; a checkpoint goes on only under the plan that it was made with.
+
+    Attributes:
+        epochs: passes over the images.
+        batch_size: images a step.
+        learning_rate: of AdamW, at its highest; from there it falls to 0 as a cosine.
+        warmup_epochs: over which it rises from 0.
+        weight_decay: of AdamW, on convolution weights only.
+        average: decay of the moving average of the weights, which is what the baseline becomes.
+        plain_epochs: at the end, without mosaic.
+        gradient_norm: longer gradients are shortened to it.
+        augment: random changes to the images.
+        seed: of all that is random.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0.0)
+    warmup_epochs: float = Field(default=3.0, ge=0.0)
+    weight_decay: float = Field(default=0.05, ge=0.0)
+    average: float = Field(default=0.999, ge=0.0, lt=1.0)
+    plain_epochs: int = Field(default=0, ge=0)
+    gradient_norm: float = Field(default=20.0, gt=0.0)
+    augment: Augment = Augment()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What is known after an epoch: its number from 1 on, mean loss, learning rate and seconds."""
+
+    epoch: int
+    loss: float
+    learning_rate: float
+    seconds: float
+
+
+Report = Callable[[EpochReport, nn.Module], None]
+"""Called after each epoch, with the averaged network in evaluation mode."""
+
+
+def train(
+    detector: Detector,
+    network: nn.Module,
+    images: LetterboxedImages,
+    plan: TrainingPlan,
+    checkpoint: Path | None = None,
+    report: Report | None = None,
+) -> nn.Module:
+    """Train `network` in place and return the moving average of its weights, in evaluation mode.
+
+    Killed at any moment, it goes on from the last whole epoch when it is called again with the same
+    checkpoint, and ends with the weights that it would have had.
+
+    Raises:
+        InputError: the checkpoint belongs to another plan or network.
+        FloatingPointError: the loss is no longer finite.
+    """
+    steps = max(1, len(images) // plan.batch_size)
+    average = deepcopy(network).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(_groups(network, plan.weight_decay), lr=plan.learning_rate)
+    done = 0
+    if checkpoint is not None and checkpoint.exists():
+        done = _restore(checkpoint, plan, network, average, optimizer)
+    device = next(network.parameters()).device
+    for epoch in range(done, plan.epochs):
+        started, losses = time.perf_counter(), []
+        network.train()
+        for step, (batch, labels) in enumerate(_batches(detector, images, plan, epoch)):
+            at = epoch * steps + step
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(plan, at / steps)
+            loss = detector.loss(network(batch.to(device)), labels)
+            if not bool(torch.isfinite(loss)):
+                raise FloatingPointError(
+                    f"loss is {float(loss.detach())} in epoch {epoch + 1}, step {step + 1}"
+                )
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(network.parameters(), plan.gradient_norm)
+            optimizer.step()
+            update_average(average, network, plan.average, at + 1)
+            losses.append(float(loss.detach()))
+        if checkpoint is not None:
+            _save(checkpoint, plan, epoch + 1, network, average, optimizer)
+        if report is not None:
+            rate = optimizer.param_groups[0]["lr"]
+            seconds = time.perf_counter() - started
+            report(EpochReport(epoch + 1, float(np.mean(losses)), rate, seconds), average)
+    return average
+
+
+def learning_rate(plan: TrainingPlan, epochs: float) -> float:
+    """The rate after so many epochs: a linear rise, then half a cosine down to 0."""
+    if epochs < plan.warmup_epochs:
+        return plan.learning_rate * max(epochs, 1e-3) / plan.warmup_epochs
+    span = max(plan.epochs - plan.warmup_epochs, 1e-9)
+    return plan.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, (epochs - plan.warmup_epochs) / span)))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float, updates: int) -> None:
+    """Move `average` towards `network`; the first updates count for more, lest fresh weights linger."""
+    decay = min(decay, (1 + updates) / (10 + updates))
+    for mean, value in zip(_tensors(average), _tensors(network), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - decay)
+        else:
+            mean.copy_(value)
+
+
+def _tensors(network: nn.Module) -> Iterator[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
+
+
+def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay pulls weights of layers towards 0; on norms and biases it would only distort."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _batches(
+    detector: Detector, images: LetterboxedImages, plan: TrainingPlan, epoch: int
+) -> Iterator[tuple[Tensor, list[Labels]]]:
+    """Batches of an epoch; what is left over for less than a batch waits for another epoch."""
+    random = np.random.default_rng((plan.seed, epoch))
+    rules = plan.augment if epoch < plan.epochs - plan.plain_epochs else plan.augment.without_mosaic()
+    order = random.permutation(len(images))
+    size = min(plan.batch_size, len(order))
+    for start in range(0, len(order) - size + 1, size):
+        drawn = [
+            augmented(images, int(index), rules, detector.preprocess.pad_value, random)
+            for index in order[start : start + size]
+        ]
+        pixels = np.stack([picture for picture, _ in drawn])
+        yield torch.from_numpy(network_input(pixels, detector.preprocess)), [labels for _, labels in drawn]
+
+
+def _save(
+    checkpoint: Path,
+    plan: TrainingPlan,
+    epochs: int,
+    network: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    draft = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}")
+    state = {
+        "plan": plan.model_dump_json(),
+        "epochs": epochs,
+        "network": network.state_dict(),
+        "average": average.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    torch.save(state, draft)
+    os.replace(draft, checkpoint)
+
+
+def _restore(
+    checkpoint: Path,
+    plan: TrainingPlan,
+    network: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> int:
+    """Put everything back; returns the number of whole epochs."""
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    if state["plan"] != plan.model_dump_json():
+        raise InputError("checkpoint", str(checkpoint), "made under another plan; remove it to start anew")
+    try:
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+    except RuntimeError:
+        raise InputError(
+            "checkpoint", str(checkpoint), "of another network; remove it to start anew"
+        ) from None
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["epochs"])

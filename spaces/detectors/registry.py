@@ -1,0 +1,67 @@
+"""Detectors by name."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+
+from spaces.detectors.base import Detector
+from spaces.detectors.yolox import YoloX
+from spaces.errors import InputError
+
+Factory = Callable[..., Detector]
+"""Called with `name`, `num_classes` and `size` (height, width in pixels) as keywords."""
+
+
+def _yolox(side: int, depth: float, width: float, depthwise: bool = False) -> tuple[Factory, tuple[int, int]]:
+    return partial(YoloX, depth=depth, width=width, depthwise=depthwise), (side, side)
+
+
+# Name -> how it is made, and the size that it is made for. A new detector is one line here.
+DETECTORS: dict[str, tuple[Factory, tuple[int, int]]] = {
+    "yolox_digits": _yolox(160, 0.33, 0.1875),
+    "yolox_nano": _yolox(416, 0.33, 0.25, depthwise=True),
+    "yolox_tiny": _yolox(416, 0.33, 0.375),
+    "yolox_s": _yolox(640, 0.33, 0.5),
+    "yolox_m": _yolox(640, 0.67, 0.75),
+    "yolox_l": _yolox(640, 1.0, 1.0),
+    "yolox_x": _yolox(640, 1.33, 1.25),
+}
+
+
+def make_detector(name: str, num_classes: int, size: tuple[int, int] | None = None) -> Detector:
+    """The detector of that name for a data set of `num_classes` categories.
+
+    Args:
+        name: one of `DETECTORS`, or `package.module:Class` of a user, called with `name`, `num_classes`
+            and, where one is given, `size`.
+        num_classes: number of categories.
+        size: height and width of the input in pixels; that of the published weights if None.
+
+    Raises:
+        InputError: an unknown name, or a size or number that the detector does not take.
+    """
+    if name in DETECTORS:
+        factory, usual = DETECTORS[name]
+        return factory(name=name, num_classes=num_classes, size=size or usual)
+    if ":" not in name:
+        known = ", ".join(DETECTORS)
+        raise InputError("model", name, f"unknown; choose one of {known}, or package.module:Class")
+    options = {} if size is None else {"size": size}
+    detector = _imported(name)(name=name, num_classes=num_classes, **options)
+    if not isinstance(detector, Detector):
+        raise InputError("model", name, "does not implement spaces.detectors.base.Detector")
+    return detector
+
+
+def _imported(name: str) -> Factory:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError("model", name, f"cannot be imported ({error})") from None
+    if not callable(found):
+        raise InputError("model", name, "is no class")
+    factory: Factory = found
+    return factory

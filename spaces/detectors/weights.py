@@ -1,0 +1,95 @@
+"""Reading and writing weights; no file that is read can run code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spaces.errors import InputError
+
+_WRAPPERS = ("ema", "model", "state_dict")  # keys under which training programs keep the state_dict
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Put the weights of a file into `network`, all of them or none.
+
+    Reads `.safetensors`, and PyTorch files (`.pth`, `.pt`, with `weights_only=True`) that hold a state_dict,
+    bare or under `ema`, `model` or `state_dict`. Half-precision weights become those of the network.
+
+    Raises:
+        InputError: the file is missing, damaged, holds more than tensors, or does not fit the network.
+    """
+    weights = _read(path)
+    expected = network.state_dict()
+    missing = sorted(k for k in expected.keys() - weights.keys() if not k.endswith("num_batches_tracked"))
+    unknown = sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        parts = [f"{len(missing)} weights are missing, {missing[0]} first"] if missing else []
+        parts += [f"{len(unknown)} are unknown, {unknown[0]} first"] if unknown else []
+        raise InputError("checkpoint", str(path), f"made for another model: {' and '.join(parts)}")
+    others = [k for k, value in weights.items() if value.shape != expected[k].shape]
+    if others:
+        raise InputError("checkpoint", str(path), _mismatch(others, weights, expected))
+    broken = [k for k, value in weights.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise InputError("checkpoint", str(path), f"holds values that are not finite, in {broken[0]} first")
+    network.load_state_dict({**expected, **weights})
+
+
+def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the weights as safetensors, whole or not at all, floating point as `dtype` where one is given."""
+    tensors = {
+        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
+        for name, value in network.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_file(tensors, draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError("checkpoint", str(path), "no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return dict(load_file(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise InputError(
+            "checkpoint", str(path), "holds more than tensors and was not run; save its state_dict alone"
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        raise InputError("checkpoint", str(path), "is no weights file, or a damaged one") from None
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(
+            "checkpoint", str(path), f"holds no state_dict, bare or under {', '.join(_WRAPPERS)}"
+        )
+    return dict(content)
+
+
+def _mismatch(others: list[str], weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Say what differs; where only the first axis of biased layers does, that is the number of classes."""
+    first = others[0]
+    ours, theirs = tuple(expected[first].shape), tuple(weights[first].shape)
+    only_outputs = all(
+        weights[k].ndim == expected[k].ndim and weights[k].shape[1:] == expected[k].shape[1:] for k in others
+    )
+    class_layers = all("cls_pred" in k for k in others)
+    if only_outputs and class_layers:
+        return f"has {theirs[0]} classes, the data set has {ours[0]}"
+    return f"made for another model: {first} is {theirs}, {ours} is needed ({len(others)} such weights)"
