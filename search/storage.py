@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -65,7 +66,7 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
         _prepare_file(parsed, create)
         options = {"connect_args": {"timeout": _LOCK_SECONDS}}
     try:
-        storage = _connect(url, options)
+        storage = _connect(_with_installed_driver(parsed), options)
     except ImportError as error:
         remedy = f"the database driver is missing ({error}); for PostgreSQL: pip install 'paredown[postgres]'"
         raise InputError("storage", mask_url(url), remedy) from None
@@ -84,6 +85,13 @@ def _parse(url: str) -> URL:
         raise InputError(
             "storage", mask_url(url), "not a database URL; write e.g. sqlite:///runs/paredown.db"
         ) from None
+
+
+def _with_installed_driver(url: URL) -> str:
+    """SQLAlchemy 2.1 reads `postgresql://` as psycopg 3, older ones as psycopg2: take what is there."""
+    if url.drivername == "postgresql" and find_spec("psycopg") is None:
+        url = url.set(drivername="postgresql+psycopg2")
+    return url.render_as_string(hide_password=False)
 
 
 def _prepare_file(url: URL, create: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,9 @@ def open_study(
         if study.get_trials(deepcopy=False):
             raise InputError("study", name, "was not made by paredown; choose another name with --study")
         # Also the way of a study whose creator was killed before it came this far.
-        study.set_metric_names(list(objectives))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(list(objectives))
         study.set_user_attr(FINGERPRINT, dict(fingerprint))
     _refuse_differences(study, fingerprint, objectives)
     folder = _artifact_folder(study, url, artifacts)

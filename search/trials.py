@@ -5,6 +5,7 @@ User attributes are shown by the dashboard and kept few; bookkeeping goes to sys
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ def recipe_of(trial: FrozenTrial) -> Recipe | None:
 def evaluation_of(trial: FrozenTrial) -> Evaluation | None:
     """What was measured, None where nothing was."""
     text = trial.user_attrs.get(EVALUATION)
-    return Evaluation.model_validate_json(text) if isinstance(text, str) else None
+    return Evaluation.model_validate(json.loads(text)) if isinstance(text, str) else None
 
 
 def counts(trial: FrozenTrial) -> bool:
@@ -104,7 +105,7 @@ class TrialWriter:
             self._user(DUPLICATE_OF, copied_from)
         if uncounted:
             self._system(_UNCOUNTED, "repeat")
-        self._user(EVALUATION, evaluation.model_dump_json())
+        self._user(EVALUATION, json.dumps(evaluation.model_dump()))
         self._tell(TrialState.COMPLETE, values)
 
     def fail(
@@ -116,7 +117,7 @@ class TrialWriter:
         if traceback:
             self._user(TRACEBACK, traceback)
         if evaluation is not None:
-            self._user(EVALUATION, evaluation.model_dump_json())
+            self._user(EVALUATION, json.dumps(evaluation.model_dump()))
         self._tell(TrialState.FAIL)
 
     def discard(self, reason: str) -> None:
