@@ -51,8 +51,8 @@ class Target(Protocol):
         """What latencies depend on: engine and version, CPU model, ISA, threads, precision hint."""
         ...
 
-    def prepare(self, model: Path, threads: int) -> Session:
-        """Load an exported model file.
+    def prepare(self, model: Path, threads: int, hint: str = "f32") -> Session:
+        """Load an exported model file; `hint` is the precision that its `model.json` asks the engine for.
 
         Raises:
             InputError: the file is missing or no model that this engine reads.

@@ -1,0 +1,64 @@
+"""From a network to an ONNX graph with decoding and suppression inside, ready for an engine."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+
+import onnx
+import torch
+from torch import nn
+
+from evaluators.postprocess import WholeDetector
+from spaces.detectors.base import Category, Detector, Postprocess
+
+TRACE_OPSET = 17
+"""What the TorchScript exporter writes best; the dynamo exporter fails on detectors with suppression."""
+OPSET = 22
+"""The first one with bfloat16 convolutions."""
+INPUT, OUTPUTS = "images", ("boxes", "scores", "labels")
+
+
+def export_graph(
+    network: nn.Module, detector: Detector, postprocess: Postprocess, categories: Sequence[Category]
+) -> onnx.ModelProto:
+    """The whole detector as a float32 graph.
+
+    Takes `images` float32 `(1, 3, H, W)`, preprocessed; returns `boxes` `(N, 4)` xyxy in input pixels,
+    `scores` `(N,)` in 0..1, `labels` `(N,)` int64 category ids, best score first.
+
+    Args:
+        network: of that detector, pruned or not; simplified here, left untouched.
+        detector: decodes its outputs.
+        postprocess: thresholds and limits, written into the graph.
+        categories: of the data set, in the order of the network's classes.
+    """
+    whole = WholeDetector(detector.simplified(network), detector, postprocess, categories).eval()
+    images = torch.zeros(1, 3, *detector.preprocess.size)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter's own deprecation, and shapes that are constant here
+        torch.onnx.export(
+            whole,
+            (images,),
+            buffer,
+            dynamo=False,
+            opset_version=TRACE_OPSET,
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_axes={name: {0: "detections"} for name in OUTPUTS},
+        )
+    graph = onnx.version_converter.convert_version(onnx.load_from_string(buffer.getvalue()), OPSET)
+    graph.producer_name = "paredown"
+    return graph
+
+
+def layer_of(node: onnx.NodeProto) -> str | None:
+    """The module name of the layer that a Conv or Gemm node runs, by its weight's name."""
+    if node.op_type not in ("Conv", "Gemm", "MatMul"):
+        return None
+    weight = node.input[1]
+    if not weight.startswith("network.") or not weight.endswith(".weight"):
+        return None
+    return weight.removeprefix("network.").removesuffix(".weight")

@@ -1,0 +1,83 @@
+"""ONNX Runtime on this machine's CPU."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from evaluators.signature import machine_signature
+from evaluators.targets.base import Detections
+from spaces.capabilities import Capabilities
+from spaces.errors import InputError
+
+OUTPUTS = ["boxes", "scores", "labels"]
+
+
+class OnnxRuntime:
+    """The CPU execution provider, sequential, all graph optimisations. It has no bfloat16 convolution."""
+
+    name = "onnxruntime"
+    capabilities = Capabilities(bit_widths=(32, 8), channel_granule=8)
+
+    def signature(self, threads: int) -> dict[str, Any]:
+        """Machine, engine and version, threads."""
+        return machine_signature() | {"engine": f"onnxruntime {ort.__version__}", "threads": threads}
+
+    def prepare(self, model: Path, threads: int, hint: str = "f32") -> OnnxRuntimeSession:
+        """Raises InputError when the file is missing or not readable as a model. `hint` changes nothing."""
+        if not model.is_file():
+            raise InputError("model", str(model), "no such file")
+        try:
+            return OnnxRuntimeSession(model, threads)
+        except Exception as error:  # onnxruntime has a dozen exception types without a common parent
+            raise InputError("model", str(model), f"ONNX Runtime cannot load it ({error})") from None
+
+
+class OnnxRuntimeSession:
+    """A loaded model."""
+
+    def __init__(self, model: Path, threads: int) -> None:
+        self._model, self._threads = model, threads
+        self._session = ort.InferenceSession(str(model), self._options(), providers=["CPUExecutionProvider"])
+
+    def _options(self) -> Any:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Idle threads that spin would take the core of whoever is measured next.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        return options
+
+    def run(self, images: NDArray[np.float32]) -> Detections:
+        """Whole detector on one preprocessed image `(1, 3, H, W)`."""
+        boxes, scores, labels = self._session.run(OUTPUTS, {"images": images})
+        return Detections(boxes, scores, labels)
+
+    def kernels(self) -> dict[str, str]:
+        """Executed precision (`i8` or `f32`) by the graph name of each convolution and product."""
+        return self._profile
+
+    @cached_property
+    def _profile(self) -> dict[str, str]:
+        options = self._options()
+        options.enable_profiling = True
+        with tempfile.TemporaryDirectory() as directory:
+            options.profile_file_prefix = str(Path(directory) / "profile")
+            session = ort.InferenceSession(str(self._model), options, providers=["CPUExecutionProvider"])
+            session.run(None, {"images": np.zeros(session.get_inputs()[0].shape, np.float32)})
+            events = json.loads(Path(session.end_profiling()).read_text())
+        precisions = {}
+        for event in events:
+            kind = event.get("args", {}).get("op_name", "")
+            if kind in ("Conv", "FusedConv", "QLinearConv", "ConvInteger", "Gemm", "QGemm", "MatMul"):
+                name = event["name"].removesuffix("_kernel_time")
+                precisions[name] = "i8" if kind[0] == "Q" or kind == "ConvInteger" else "f32"
+        return precisions

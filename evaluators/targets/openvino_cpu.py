@@ -1,0 +1,92 @@
+"""OpenVINO on this machine's CPU."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+from evaluators.signature import machine_signature
+from evaluators.targets.base import Detections
+from spaces.capabilities import Capabilities
+from spaces.errors import InputError
+
+
+class OpenVino:
+    """The CPU plugin, latency mode, one stream.
+
+    The hint is part of what is measured: without one the plugin silently computes in bfloat16 where the
+    CPU has it. `f32` runs a file exactly as typed, `bf16` every layer that is not int8 in bfloat16.
+    """
+
+    name = "openvino"
+    capabilities = Capabilities(bit_widths=(32, 16, 8), channel_granule=8)
+
+    def signature(self, threads: int) -> dict[str, Any]:
+        """Machine, engine and version, threads; precision hints are each file's own."""
+        return machine_signature() | {"engine": f"openvino {ov.__version__}", "threads": threads}
+
+    def prepare(self, model: Path, threads: int, hint: str = "f32") -> OpenVinoSession:
+        """Raises InputError when the file is missing or not readable as a model."""
+        if not model.is_file():
+            raise InputError("model", str(model), "no such file")
+        try:
+            return OpenVinoSession(model, threads, hint)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise InputError("model", str(model), f"OpenVINO cannot load it ({reason})") from None
+
+
+class OpenVinoSession:
+    """A compiled model with one inference request."""
+
+    def __init__(self, model: Path, threads: int, hint: str) -> None:
+        self._model, self._settings = (
+            model,
+            {
+                "INFERENCE_PRECISION_HINT": hint,
+                "INFERENCE_NUM_THREADS": threads,
+                "NUM_STREAMS": 1,
+                "PERFORMANCE_HINT": "LATENCY",
+            },
+        )
+        core = ov.Core()
+        compiled = core.compile_model(str(model), "CPU", self._settings)
+        self._request = compiled.create_infer_request()
+        names = {name: k for k, output in enumerate(compiled.outputs) for name in output.get_names()}
+        self._places = tuple(names[name] for name in ("boxes", "scores", "labels"))
+
+    def run(self, images: NDArray[np.float32]) -> Detections:
+        """Whole detector on one preprocessed image `(1, 3, H, W)`."""
+        request = self._request
+        request.infer([images], share_inputs=True)
+        boxes, scores, labels = (request.get_output_tensor(place).data.copy() for place in self._places)
+        return Detections(boxes, scores, labels)
+
+    def kernels(self) -> dict[str, str]:
+        """Executed precision (`i8`, `bf16`, `f32`) by the graph name of each convolution and product."""
+        return self._profile
+
+    @cached_property
+    def _profile(self) -> dict[str, str]:
+        settings = self._settings | {"PERF_COUNT": True}
+        request = ov.Core().compile_model(str(self._model), "CPU", settings).create_infer_request()
+        shape = request.get_input_tensor(0).shape
+        request.infer([np.zeros(shape, np.float32)])
+        kinds = ("Convolution", "GroupConvolution", "MatMul", "FullyConnected")
+        return {
+            info.node_name: _precision(info.exec_type)
+            for info in request.get_profiling_info()
+            if info.node_type in kinds and info.status.name == "EXECUTED"
+        }
+
+
+def _precision(kernel: str) -> str:
+    """`brgconv_avx512_I8` -> `i8`."""
+    found = re.search(r"(i8|u8|bf16|f16|f32)$", kernel.lower())
+    return found.group(1).replace("u8", "i8") if found else kernel

@@ -1,0 +1,107 @@
+"""Carry out a recipe on a base network, and rebuild the result from what was stored."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from spaces.detectors.weights import load_weights, save_weights
+from spaces.errors import InputError
+from spaces.methods.base import Draft, LayerChannels, Statistics
+from spaces.methods.prune import slice_layers
+from spaces.methods.registry import METHODS
+from spaces.recipe import Recipe
+from spaces.sites import Sites
+
+PLAN_FILE, STATE_FILE = "plan.json", "state.safetensors"
+
+
+def check(recipe: Recipe, sites: Sites) -> None:
+    """Refuse a recipe that cannot be carried out.
+
+    Raises:
+        InputError: in one line, which choice and why.
+    """
+    for choice in recipe.choices:
+        method = METHODS.get(choice.kind)
+        if method is None:
+            raise InputError("recipe.kind", choice.kind, f"choose one of {', '.join(METHODS)}")
+        method.check(choice, sites)
+
+
+def apply(network: nn.Module, recipe: Recipe, sites: Sites, statistics: Statistics | None = None) -> Draft:
+    """A compressed copy of `network`; the base is left untouched.
+
+    Args:
+        network: the base, with trained weights.
+        recipe: what to do.
+        sites: of this base, from `spaces.sites.find_sites`.
+        statistics: importance of output channels by layer; magnitude of the weights where absent.
+
+    Raises:
+        InputError: the recipe does not fit the sites.
+    """
+    check(recipe, sites)
+    draft = Draft(copy.deepcopy(network))
+    for kind, method in METHODS.items():
+        choices = [choice for choice in recipe.choices if choice.kind == kind]
+        if choices:
+            method.apply(draft, choices, sites, statistics or {})
+    return draft
+
+
+def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
+    """Store what `rebuild` needs: the plan (recipe, kept indices, bit-widths) and the weights."""
+    plan = {
+        "recipe": recipe.model_dump(mode="json"),
+        "channels": {name: {"out": c.out, "into": c.into} for name, c in draft.channels.items()},
+        "bits": draft.bits,
+    }
+    save_weights(draft.network, directory / STATE_FILE)
+    temporary = directory / (PLAN_FILE + ".tmp")
+    temporary.write_text(json.dumps(plan, separators=(",", ":")))
+    temporary.replace(directory / PLAN_FILE)
+
+
+def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
+    """The recipe and the network that `save` stored, bit for bit.
+
+    Args:
+        network: a fresh base network of the same detector, from `detector.build()`; taken over.
+        directory: where `save` wrote.
+
+    Raises:
+        InputError: files are missing or belong to another detector.
+    """
+    try:
+        plan = json.loads((directory / PLAN_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError("plan", str(directory / PLAN_FILE), f"cannot be read ({error})") from None
+    recipe = Recipe.from_json(json.dumps(plan["recipe"]))
+    channels = {
+        name: LayerChannels(_indices(sides["out"]), _indices(sides["into"]))
+        for name, sides in plan["channels"].items()
+    }
+    slice_layers(network, channels)
+    load_weights(network, directory / STATE_FILE)
+    bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
+    return recipe, Draft(network, channels, bits)
+
+
+def _indices(values: list[int] | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def same_state(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """True where two state dictionaries are equal bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)

@@ -1,0 +1,91 @@
+"""The layers of a network as data: shapes, and how much they multiply and move."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """A convolution or linear layer of the base network, as a trace found it.
+
+    Attributes:
+        name: module name on the base graph.
+        inputs, outputs: channels.
+        kernel: height and width, `(1, 1)` for a linear layer.
+        groups: 1, or `inputs` for a depthwise convolution.
+        positions: output height x width (a linear layer: rows).
+        bias: whether it has one.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    kernel: tuple[int, int]
+    groups: int
+    positions: int
+    bias: bool
+
+    @property
+    def depthwise(self) -> bool:
+        """One filter a channel."""
+        return self.groups > 1 and self.groups == self.inputs == self.outputs
+
+    def macs(self, inputs: int, outputs: int) -> int:
+        """Multiply-accumulates of one image when `inputs` and `outputs` channels are left."""
+        groups = outputs if self.depthwise else self.groups
+        return outputs * (inputs // groups) * math.prod(self.kernel) * self.positions
+
+
+def is_layer(module: nn.Module) -> bool:
+    """True for what holds a weight that multiplies: the layers that sites are made of."""
+    return isinstance(module, nn.Conv2d | nn.Linear)
+
+
+def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFacts]:
+    """Facts of every layer that runs, in the order of execution, by module name.
+
+    Args:
+        network: takes `(1, 3, H, W)`; its mode is left as it was.
+        size: height and width of the input in pixels.
+    """
+    found: dict[str, LayerFacts] = {}
+
+    def record(name: str) -> object:
+        def hook(module: nn.Module, _: object, output: Tensor) -> None:
+            if name not in found:
+                found[name] = _facts(name, module, output)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name))  # type: ignore[arg-type]
+        for name, module in network.named_modules()
+        if is_layer(module)
+    ]
+    training = network.training
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, *size))
+    finally:
+        network.train(training)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _facts(name: str, module: nn.Module, output: Tensor) -> LayerFacts:
+    bias = module.bias is not None
+    if isinstance(module, nn.Conv2d):
+        kernel = (int(module.kernel_size[0]), int(module.kernel_size[1]))
+        positions = int(output.shape[2] * output.shape[3])
+        return LayerFacts(
+            name, module.in_channels, module.out_channels, kernel, module.groups, positions, bias
+        )
+    assert isinstance(module, nn.Linear)
+    rows = int(output.numel() // module.out_features)
+    return LayerFacts(name, module.in_features, module.out_features, (1, 1), 1, rows, bias)

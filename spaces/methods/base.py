@@ -1,0 +1,62 @@
+"""The Method protocol: one compression method, one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from spaces.capabilities import Capabilities
+from spaces.recipe import Choice
+from spaces.sites import Sites
+
+Statistics = Mapping[str, Tensor]
+"""Importance of a layer's output channels, `(outputs,)`, by layer name; made by `evaluators` from data."""
+
+
+@dataclass(frozen=True)
+class LayerChannels:
+    """Indices of the base layer's channels that are left; None where all are."""
+
+    out: tuple[int, ...] | None = None
+    into: tuple[int, ...] | None = None
+
+
+@dataclass
+class Draft:
+    """A network on its way through the methods: theirs to change, a copy of the base's.
+
+    Attributes:
+        network: the module, with the base's layer names.
+        channels: what is left of each layer that lost channels.
+        bits: (weight, activation) bit-widths of the layers that are not float32.
+    """
+
+    network: nn.Module
+    channels: dict[str, LayerChannels] = field(default_factory=dict)
+    bits: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Method(Protocol):
+    """What may be chosen at the sites of a detector, and how the choices are carried out."""
+
+    kind: str
+
+    def options(self, sites: Sites, capabilities: Capabilities) -> dict[str, tuple[Choice, ...]]:
+        """Choices by site, mildest first: the first one changes nothing."""
+        ...
+
+    def check(self, choice: Choice, sites: Sites) -> None:
+        """Refuse a choice that cannot be carried out.
+
+        Raises:
+            InputError: unknown site or illegal value, naming both.
+        """
+        ...
+
+    def apply(self, draft: Draft, choices: Sequence[Choice], sites: Sites, statistics: Statistics) -> None:
+        """Carry out all choices of this kind."""
+        ...

@@ -1,0 +1,12 @@
+"""Methods by the kind of choice that they carry out, in the order in which they run."""
+
+from __future__ import annotations
+
+from spaces.methods.base import Method
+from spaces.methods.prune import Pruning
+from spaces.methods.quantize import Quantization
+
+METHODS: dict[str, Method] = {
+    "prune": Pruning(),
+    "quantize": Quantization(),
+}
