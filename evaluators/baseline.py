@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -92,41 +93,40 @@ def train_baseline(
     if start is not None:
         load_weights(network, start)
 
-    def figures(role: str, trained: nn.Module) -> dict[str, float]:
+    def figures(role: str, network: nn.Module) -> dict[str, float]:
         whole = WholeDetector(
-            detector.simplified(trained), detector, config.postprocess, splits[role].categories
+            detector.simplified(network), detector, config.postprocess, splits[role].categories
         )
         return score_session(TorchSession(whole), splits[role], images[role], look)[0]
 
-    seconds = 0.0
-
     def report(epoch: EpochReport, average: nn.Module) -> None:
-        nonlocal seconds
-        seconds += epoch.seconds
         line = f"epoch {epoch.epoch}/{config.plan.epochs}  loss {epoch.loss:.3f}  {epoch.seconds:.1f} s"
         if score_every and epoch.epoch % score_every == 0:
             line += f"  select AP {figures('select', average)['map']:.2f}"
         say(line)
 
-    average = train(
+    trained = train(
         detector, network, images["fit"], config.plan, folder / f"{output.stem}.checkpoint.pt", report
     )
+    average = trained.network
     save_weights(average, output, torch.float16)
     load_weights(average, output)
+    scores = {role: _rounded(figures(role, average)) for role in ("select", "report")}
     result = {
         "model": config.model,
         "parameters": sum(p.numel() for p in average.parameters()),
-        "figures": {role: _rounded(figures(role, average)) for role in ("select", "report")},
-        "training_seconds_of_last_run": round(seconds, 1),
+        "figures": scores,
+        "training_hours": round(trained.seconds / 3600, 2),
         "config": config.model_dump(mode="json"),
         "data": {role: split.fingerprint() for role, split in splits.items()},
         "environment": _environment(),
+        "command": " ".join(sys.argv),
     }
     draft = output.with_suffix(f".json.{os.getpid()}")
     draft.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(draft, output.with_suffix(".json"))
     for role in ("select", "report"):
-        say(f"{role}: AP {result['figures'][role]['map']}  AP50 {result['figures'][role]['map_50']}")
+        say(f"{role}: AP {scores[role]['map']}  AP50 {scores[role]['map_50']}")
     return result
 
 

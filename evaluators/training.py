@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -65,6 +66,14 @@ class EpochReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The moving average of the weights, in evaluation mode, and the seconds it took in all."""
+
+    network: nn.Module
+    seconds: float
+
+
 Report = Callable[[EpochReport, nn.Module], None]
 """Called after each epoch, with the averaged network in evaluation mode."""
 
@@ -76,8 +85,8 @@ def train(
     plan: TrainingPlan,
     checkpoint: Path | None = None,
     report: Report | None = None,
-) -> nn.Module:
-    """Train `network` in place and return the moving average of its weights, in evaluation mode.
+) -> Trained:
+    """Train `network` in place and return the moving average of its weights.
 
     Killed at any moment, it goes on from the last whole epoch when it is called again with the same
     checkpoint, and ends with the weights that it would have had.
@@ -89,9 +98,9 @@ def train(
     steps = max(1, len(images) // plan.batch_size)
     average = deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(_groups(network, plan.weight_decay), lr=plan.learning_rate)
-    done = 0
+    done, total = 0, 0.0
     if checkpoint is not None and checkpoint.exists():
-        done = _restore(checkpoint, plan, network, average, optimizer)
+        done, total = _restore(checkpoint, plan, network, average, optimizer)
     device = next(network.parameters()).device
     for epoch in range(done, plan.epochs):
         started, losses = time.perf_counter(), []
@@ -111,13 +120,14 @@ def train(
             optimizer.step()
             update_average(average, network, plan.average, at + 1)
             losses.append(float(loss.detach()))
+        seconds = time.perf_counter() - started
+        total += seconds
         if checkpoint is not None:
-            _save(checkpoint, plan, epoch + 1, network, average, optimizer)
+            _save(checkpoint, plan, epoch + 1, total, network, average, optimizer)
         if report is not None:
             rate = optimizer.param_groups[0]["lr"]
-            seconds = time.perf_counter() - started
             report(EpochReport(epoch + 1, float(np.mean(losses)), rate, seconds), average)
-    return average
+    return Trained(average, total)
 
 
 def learning_rate(plan: TrainingPlan, epochs: float) -> float:
@@ -174,6 +184,7 @@ def _save(
     checkpoint: Path,
     plan: TrainingPlan,
     epochs: int,
+    seconds: float,
     network: nn.Module,
     average: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -183,6 +194,7 @@ def _save(
     state = {
         "plan": plan.model_dump_json(),
         "epochs": epochs,
+        "seconds": seconds,
         "network": network.state_dict(),
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -197,9 +209,12 @@ def _restore(
     network: nn.Module,
     average: nn.Module,
     optimizer: torch.optim.Optimizer,
-) -> int:
-    """Put everything back; returns the number of whole epochs."""
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+) -> tuple[int, float]:
+    """Put everything back; returns the number of whole epochs and the seconds they took."""
+    try:
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
+        raise InputError("checkpoint", str(checkpoint), "is damaged; remove it to start anew") from None
     if state["plan"] != plan.model_dump_json():
         raise InputError("checkpoint", str(checkpoint), "made under another plan; remove it to start anew")
     try:
@@ -210,4 +225,4 @@ def _restore(
             "checkpoint", str(checkpoint), "of another network; remove it to start anew"
         ) from None
     optimizer.load_state_dict(state["optimizer"])
-    return int(state["epochs"])
+    return int(state["epochs"]), float(state["seconds"])
