@@ -138,11 +138,11 @@ def recover_orphans(study: optuna.Study, me: Driver | None = None) -> list[tuple
     if not running:
         return []
     stale = set(_storage(study)._get_stale_trial_ids(study._study_id))
-    others_may_live = _others_may_live(study, me)
+    others = others_may_live(study, me)
     recovered = []
     for trial in running:
         alive = _alive(owner_of(trial))
-        if alive is None and owner_of(trial) is None and not others_may_live:
+        if alive is None and owner_of(trial) is None and not others:
             alive = False  # its driver was killed between creating and signing it
         if alive is None:
             alive = trial._trial_id not in stale and not _unsigned_for_long(trial)
@@ -151,20 +151,21 @@ def recover_orphans(study: optuna.Study, me: Driver | None = None) -> list[tuple
     return recovered
 
 
-def _alive(owner: dict[str, Any] | None) -> bool | None:
-    try:
-        return Owner.model_validate(owner).is_alive()
-    except ValidationError:
-        return None
-
-
-def _others_may_live(study: optuna.Study, me: Driver | None) -> bool:
+def others_may_live(study: optuna.Study, me: Driver | None) -> bool:
+    """True unless every other driver that registered with the study has ended or is known to be dead."""
     mine = _DRIVER_PREFIX + me.owner.driver if me else None
     attributes = study._storage.get_study_system_attrs(study._study_id)
     return any(
         key.startswith(_DRIVER_PREFIX) and key != mine and owner and _alive(owner) is not False
         for key, owner in attributes.items()
     )
+
+
+def _alive(owner: dict[str, Any] | None) -> bool | None:
+    try:
+        return Owner.model_validate(owner).is_alive()
+    except ValidationError:
+        return None
 
 
 def _unsigned_for_long(trial: optuna.trial.FrozenTrial) -> bool:

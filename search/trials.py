@@ -56,6 +56,11 @@ def is_candidate(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE and DUPLICATE_OF not in trial.user_attrs
 
 
+def is_feasible(trial: FrozenTrial) -> bool:
+    """True where the limits were kept that held when the trial was told."""
+    return all(c <= 0.0 for c in trial.system_attrs.get(_CONSTRAINTS, ()))
+
+
 def finished_count(study: optuna.Study) -> int:
     """How many trials count towards the total."""
     return sum(map(counts, study.get_trials(deepcopy=False)))
@@ -64,6 +69,11 @@ def finished_count(study: optuna.Study) -> int:
 def owner_of(trial: FrozenTrial) -> dict[str, Any] | None:
     owner = trial.system_attrs.get(_OWNER)
     return owner if isinstance(owner, dict) else None
+
+
+def enqueued_params(trial: FrozenTrial) -> dict[str, Any]:
+    """The parameters with which a trial was enqueued; empty for a sampled one."""
+    return dict(trial.system_attrs.get(_FIXED, {}))
 
 
 def doing(trial: FrozenTrial) -> str:

@@ -1,0 +1,101 @@
+"""What stays on disk: models of the front and the base, recipe and state of the rest, within a limit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from optuna.trial import FrozenTrial, TrialState
+
+from evaluators.ranking import front
+from search.study import SearchStudy
+from search.trials import is_candidate, is_feasible, recipe_of
+
+STATE_FILES = ("recipe.json", "*.safetensors")
+"""From these the model of a trial can be made again, bit for bit."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `retain` left: MB (10^6 bytes), trials with all their files, trials with their state only."""
+
+    megabytes: float
+    models: tuple[int, ...]
+    states: tuple[int, ...]
+    over_limit: bool
+    """The front alone is larger than the limit; nothing of it was removed."""
+
+
+def front_numbers(study: SearchStudy) -> set[int]:
+    """Numbers of the feasible trials that no other feasible one dominates; copies left out."""
+    signs = [-1.0 if direction == "maximize" else 1.0 for direction in study.objectives.values()]
+    complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    trials = [trial for trial in complete if is_candidate(trial) and is_feasible(trial)]
+    losses = [[s * v for s, v in zip(signs, trial.values, strict=True)] for trial in trials]
+    return {trials[i].number for i in front(losses)}
+
+
+def base_number(study: SearchStudy) -> int | None:
+    """The first complete trial whose recipe changes nothing."""
+    for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        recipe = recipe_of(trial)
+        if recipe is not None and recipe.is_identity and is_candidate(trial):
+            return trial.number
+    return None
+
+
+def retain(study: SearchStudy, keep_mb: float, keep: Collection[int] | None = None) -> Kept:
+    """Remove from the artefact folder what is not worth its place.
+
+    Folders of running and waiting trials are never touched. Of a finished trial that is neither base
+    nor on the front only `STATE_FILES` stay; of a failed one nothing. While the whole is larger than
+    `keep_mb`, states go, the oldest first. Whatever happens, the front and the base keep all files.
+
+    Args:
+        study: its `trial_folder(number)` is where the files of a trial are.
+        keep_mb: limit for the sum of all trial folders.
+        keep: trials that keep all files; default `front_numbers(study)`.
+    """
+    needed = set(front_numbers(study) if keep is None else keep)
+    base = base_number(study)
+    if base is not None:
+        needed.add(base)
+    spare: list[int] = []
+    for trial in study.optuna.get_trials(deepcopy=False):
+        folder = study.trial_folder(trial.number)
+        if trial.number in needed or not trial.state.is_finished() or not folder.is_dir():
+            continue
+        if _worth_keeping(trial):
+            _strip(folder)
+            spare.append(trial.number)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    sizes = {number: _bytes(study.trial_folder(number)) for number in spare}
+    total = _bytes(study.artifacts)
+    for number in sorted(spare):
+        if total <= keep_mb * 1e6:
+            break
+        shutil.rmtree(study.trial_folder(number), ignore_errors=True)
+        total -= sizes.pop(number)
+    models = tuple(sorted(n for n in needed if study.trial_folder(n).is_dir()))
+    return Kept(total / 1e6, models, tuple(sorted(sizes)), over_limit=total > keep_mb * 1e6)
+
+
+def _worth_keeping(trial: FrozenTrial) -> bool:
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+
+
+def _strip(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):  # children before their folders
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif not any(path.match(pattern) for pattern in STATE_FILES):
+            path.unlink(missing_ok=True)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
