@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from spaces.errors import InputError
@@ -52,7 +52,7 @@ def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = Non
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, draft)
+        draft.write_bytes(save(tensors))  # save_file would make a file that only its owner can read
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)

@@ -170,6 +170,7 @@ def test_a_small_baseline_from_configuration_to_figures(root: Path, tmp_path: Pa
     (tmp_path / "c.yaml").write_text(
         f"model: yolox_digits\nsize: [96, 96]\ndata: {{format: coco, root: {root}}}\n"
         "plan: {epochs: 2, batch_size: 8, augment: {mosaic: 0.5}}\n"
+        "further: {epochs: 1, batch_size: 8}\n"
     )
     config = BaselineConfig.read(tmp_path / "c.yaml")
     lines: list[str] = []
@@ -186,6 +187,7 @@ def test_a_small_baseline_from_configuration_to_figures(root: Path, tmp_path: Pa
     assert lines[0].startswith("epoch 1/2")
     assert "select AP" in lines[1]
     assert lines[-1].startswith("report: AP")
+    assert written["further"]["report"]["map_before"] == written["figures"]["report"]["map"]
 
 
 @pytest.mark.parametrize(
