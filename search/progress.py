@@ -15,6 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 _SHOWN_POINTS = 6
+_LINE_SECONDS = 30.0
+"""Where there is no live panel, news of running jobs come this often at most."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Progress:
         self._front: list[Point] = []
         self._trial_seconds: list[float] = []
         self._preparing: tuple[int, int] | None = None
-        self._started = time.monotonic()
+        self._started = self._last_line = time.monotonic()
 
     def __enter__(self) -> Progress:
         if not self.quiet and self._console.is_terminal:
@@ -74,7 +76,12 @@ class Progress:
     def say(self, text: str) -> None:
         """One line, above the live panel where there is one."""
         if not self.quiet:
+            self._last_line = time.monotonic()
             self._console.print(Text(text))
+
+    def _say_seldom(self, text: str) -> None:
+        if self._live is None and time.monotonic() - self._last_line >= _LINE_SECONDS:
+            self.say(text)
 
     def started(self, worker: int, job: str) -> None:
         self._doing[worker] = _Doing(job, "start", time.monotonic())
@@ -82,6 +89,7 @@ class Progress:
     def stage(self, worker: int, next_stage: str) -> None:
         if worker in self._doing and next_stage:
             self._doing[worker].stage = next_stage
+            self._say_seldom(f"worker {worker + 1}: {self._doing[worker].job}: {next_stage}")
 
     def ended(self, worker: int, *, trial: bool) -> None:
         """The job of a worker is over; the time of trials goes into the estimate."""
@@ -92,6 +100,8 @@ class Progress:
     def preparing(self, done: int, known: int) -> None:
         """Preparatory jobs: how many are done of those known so far."""
         self._preparing = (done, known) if done < known else None
+        if self._preparing:
+            self._say_seldom(f"preparing: {done}/{known} done")
 
     def totals(self, finished: int, failed: int) -> None:
         self._finished, self._failed = finished, failed
@@ -99,10 +109,13 @@ class Progress:
     def points(self, base: Point | None, front: Sequence[Point]) -> None:
         self.base, self._front = base, list(front)
 
-    def trial_line(self, number: int, what: str) -> None:
+    def trial_line(self, number: int, what: str, *, failed: bool = False) -> None:
         """A trial has ended: a line where there is no live panel, or where it failed."""
+        mark = " (on the front)" if any(point.number == number for point in self._front) else ""
         if self._live is None:
-            self.say(f"[{self._finished}/{self.total}] trial {number}: {what}{self._left()}")
+            self.say(f"[{self._finished}/{self.total}] trial {number}: {what}{mark}{self._left()}")
+        elif failed:
+            self.say(f"trial {number}: {what}")
 
     def seconds_left(self, workers: int) -> float | None:
         """Estimate from the trials of this run, None before the first one has ended."""

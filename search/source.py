@@ -231,11 +231,11 @@ class StudySource:
         traceback: str = "",
     ) -> None:
         candidate.writer.fail(stage, reason, evaluation=evaluation, traceback=traceback)
-        self._told(candidate, lambda: f"failed in stage {stage}: {reason}")
+        self._told(candidate, lambda: f"failed in stage {stage}: {reason}", failed=True)
         if candidate.recipe.is_identity:
             raise BaseFailedError(stage, reason)
 
-    def _told(self, candidate: Candidate, what: Callable[[], str]) -> None:
+    def _told(self, candidate: Candidate, what: Callable[[], str], failed: bool = False) -> None:
         self._driver.release(candidate.writer.id)
         self._settle_twins(candidate)
         self._refresh()
@@ -244,7 +244,7 @@ class StudySource:
                 f"trial {candidate.number}: another driver took it over, its result is dropped"
             )
             return
-        self._progress.trial_line(candidate.number, what())
+        self._progress.trial_line(candidate.number, what(), failed=failed)
         if self._parts.after_trial is not None:
             self._parts.after_trial(self._study, candidate.number)
 

