@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,14 +54,14 @@ def calibrate(
         extremes = torch.stack((flat.min(), flat.max()))
         samples[name, side].append(torch.cat((extremes, flat[picked])).float().numpy())
 
-    handles = [
-        network.get_submodule(name).register_forward_hook(
-            lambda _, inputs, output, name=name: (
-                (keep(name, "read", inputs[0]), keep(name, "written", output)) and None
-            )
-        )
-        for name in layers
-    ]
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            keep(name, "read", inputs[0])
+            keep(name, "written", output)
+
+        return hook
+
+    handles = [network.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
     try:
         with torch.no_grad():
             for batch in images:

@@ -42,7 +42,7 @@ def export_graph(
         torch.onnx.export(
             whole,
             (images,),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # takes streams, its annotation does not say so
             dynamo=False,
             opset_version=TRACE_OPSET,
             input_names=[INPUT],
@@ -58,7 +58,7 @@ def layer_of(node: onnx.NodeProto) -> str | None:
     """The module name of the layer that a Conv or Gemm node runs, by its weight's name."""
     if node.op_type not in ("Conv", "Gemm", "MatMul"):
         return None
-    weight = node.input[1]
+    weight: str = node.input[1]
     if not weight.startswith("network.") or not weight.endswith(".weight"):
         return None
     return weight.removeprefix("network.").removesuffix(".weight")

@@ -63,7 +63,7 @@ def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFa
         return hook
 
     handles = [
-        module.register_forward_hook(record(name))  # type: ignore[arg-type]
+        module.register_forward_hook(record(name))
         for name, module in network.named_modules()
         if is_layer(module)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -102,15 +103,15 @@ def short_name(layer: str) -> str:
 def _channel_sites(
     detector: Detector, network: nn.Module, facts: Mapping[str, LayerFacts]
 ) -> list[ChannelSite]:
+    # torch-pruning follows gradients, which a frozen base has none of.
+    network = copy.deepcopy(network).eval().requires_grad_(True)
     modules = dict(network.named_modules())
     names = {module: name for name, module in modules.items()}
     outputs = detector.output_layers(network)
-    training = network.training
     graph = tp.DependencyGraph().build_dependency(
-        network.eval(), example_inputs=torch.zeros(1, 3, *detector.preprocess.size)
+        network, example_inputs=torch.zeros(1, 3, *detector.preprocess.size)
     )
     groups = list(graph.get_all_groups(ignored_layers=[modules[name] for name in sorted(outputs)]))
-    network.train(training)
     order = {name: position for position, name in enumerate(facts)}
     sites = [_site(group, names, facts, order, outputs) for group in groups]
     found = sorted((s for s in sites if s is not None), key=lambda s: order[s[0]])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
+from evaluators.calibration import LayerRanges
 from spaces.capabilities import Capabilities
 
 
@@ -25,6 +28,14 @@ class Detections:
     boxes: NDArray[np.float32]
     scores: NDArray[np.float32]
     labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph as an engine wants it, and the precision hint that the engine needs with it."""
+
+    graph: onnx.ModelProto
+    hint: str = "f32"
 
 
 @runtime_checkable
@@ -49,6 +60,18 @@ class Target(Protocol):
 
     def signature(self, threads: int) -> dict[str, Any]:
         """What latencies depend on: engine and version, CPU model, ISA, threads, precision hint."""
+        ...
+
+    def lower(
+        self, graph: onnx.ModelProto, bits: Mapping[str, int], ranges: Mapping[str, LayerRanges]
+    ) -> Lowered:
+        """Write bit-widths into a float32 graph the way this engine runs them.
+
+        Args:
+            graph: of the whole detector; left untouched.
+            bits: by module name of every layer; 32 changes nothing.
+            ranges: calibrated, of every layer at 8 bits or below.
+        """
         ...
 
     def prepare(self, model: Path, threads: int, hint: str = "f32") -> Session:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from evaluators.calibration import LayerRanges
+from evaluators.precision import quantized
 from evaluators.signature import machine_signature
-from evaluators.targets.base import Detections
+from evaluators.targets.base import Detections, Lowered
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
 
@@ -29,6 +33,13 @@ class OnnxRuntime:
     def signature(self, threads: int) -> dict[str, Any]:
         """Machine, engine and version, threads."""
         return machine_signature() | {"engine": f"onnxruntime {ort.__version__}", "threads": threads}
+
+    def lower(
+        self, graph: onnx.ModelProto, bits: Mapping[str, int], ranges: Mapping[str, LayerRanges]
+    ) -> Lowered:
+        """Int8 as Q/DQ around the layer and behind it, which is what the engine fuses."""
+        narrow = {layer: ranges[layer] for layer, width in bits.items() if width <= 8}
+        return Lowered(quantized(graph, narrow, outputs_too=True) if narrow else graph)
 
     def prepare(self, model: Path, threads: int, hint: str = "f32") -> OnnxRuntimeSession:
         """Raises InputError when the file is missing or not readable as a model. `hint` changes nothing."""

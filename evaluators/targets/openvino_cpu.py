@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import openvino as ov
 from numpy.typing import NDArray
 
+from evaluators.calibration import LayerRanges
+from evaluators.precision import in_bfloat16, quantized, stored_in_bfloat16
 from evaluators.signature import machine_signature
-from evaluators.targets.base import Detections
+from evaluators.targets.base import Detections, Lowered
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
 
@@ -30,6 +34,25 @@ class OpenVino:
     def signature(self, threads: int) -> dict[str, Any]:
         """Machine, engine and version, threads; precision hints are each file's own."""
         return machine_signature() | {"engine": f"openvino {ov.__version__}", "threads": threads}
+
+    def lower(
+        self, graph: onnx.ModelProto, bits: Mapping[str, int], ranges: Mapping[str, LayerRanges]
+    ) -> Lowered:
+        """Int8 as Q/DQ around the layer alone; bfloat16 by types in the graph.
+
+        A Q/DQ pair between typed regions costs two casts, so where every other layer is in bfloat16 the
+        hint does it instead, and only then does the file depend on the hint.
+        """
+        narrow = {layer: ranges[layer] for layer, width in bits.items() if width <= 8}
+        half = frozenset(layer for layer, width in bits.items() if width == 16)
+        wide = [layer for layer, width in bits.items() if width > 16]
+        if narrow:
+            graph = quantized(graph, narrow, outputs_too=False)
+        if not half:
+            return Lowered(graph)
+        if narrow and not wide:
+            return Lowered(stored_in_bfloat16(graph, half), hint="bf16")
+        return Lowered(in_bfloat16(graph, half))
 
     def prepare(self, model: Path, threads: int, hint: str = "f32") -> OpenVinoSession:
         """Raises InputError when the file is missing or not readable as a model."""

@@ -1,0 +1,253 @@
+"""A bench: everything that candidates of one study share, loaded once in each worker process."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from evaluators.calibration import LayerRanges, calibrate
+from evaluators.datasets.base import DataConfig, DetectionSplit, load_split, load_splits
+from evaluators.datasets.letterbox import LetterboxedImages, network_input
+from evaluators.evaluation import RESULT_VERSION
+from evaluators.export import export_graph
+from evaluators.exported import MODEL_FILE, ModelCard, Runtime, card_categories, write_graph
+from evaluators.finetune import FineTunePlan
+from evaluators.importance import taylor_scores
+from evaluators.quiet import QuietSlot
+from evaluators.targets.registry import target_named
+from evaluators.teacher import TeacherOutputs
+from spaces.detectors.base import Detector, Postprocess
+from spaces.detectors.registry import make_detector
+from spaces.detectors.weights import load_weights
+from spaces.recipe import Prune, Recipe, identity
+from spaces.sites import Sites, find_sites
+from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
+
+
+class SpaceConfig(BaseModel):
+    """Which methods are searched, and how finely."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    methods: tuple[str, ...] = ("prune", "quantize")
+    granularity: Granularity = "layer"
+
+
+class LatencyConfig(BaseModel):
+    """How long a candidate is timed against the base; see `evaluators.latency.measure_pair`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(default=16, ge=1)
+    min_rounds: int = Field(default=48, ge=8)
+    max_rounds: int = Field(default=240, ge=8)
+    target_spread: float = Field(default=0.02, gt=0.0)
+    time_limit_s: float = Field(default=5.0, gt=0.0)
+
+
+class BenchConfig(BaseModel):
+    """What a worker needs to know to evaluate candidates of a study."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    checkpoint: Path
+    size: tuple[int, int] | None = None
+    data: DataConfig
+    target: str = "openvino"
+    threads: int = Field(default=1, ge=1)
+    postprocess: Postprocess = Postprocess()
+    space: SpaceConfig = SpaceConfig()
+    finetune: FineTunePlan = FineTunePlan()
+    latency: LatencyConfig = LatencyConfig()
+    importance: Literal["magnitude", "taylor"] = "taylor"
+    calibration_images: int = Field(default=32, ge=1)
+    seed: int = 0
+    cache: Path = Path("runs/cache")
+
+
+class Bench:
+    """Detector, base network, data, space and target of a study.
+
+    Raises:
+        InputError: anything of the configuration that cannot be used.
+    """
+
+    def __init__(self, config: BenchConfig, slot: QuietSlot | None = None) -> None:
+        torch.set_num_threads(config.threads)
+        self.config = config
+        self.slot = slot or QuietSlot()
+        self.target = target_named(config.target)
+        self.splits = load_splits(config.data)
+        self.categories = self.splits["fit"].categories
+        self.detector: Detector = make_detector(config.model, len(self.categories), config.size)
+        self.base: nn.Module = self.detector.build()
+        load_weights(self.base, config.checkpoint)
+        self.base.eval().requires_grad_(False)
+
+    @cached_property
+    def sites(self) -> Sites:
+        """Sites on the base graph; layers share bit-widths where the space would grow too large."""
+        sites = find_sites(self.detector, self.base)
+        if len(sites.channel) + len(sites.layer) > MAX_PARAMETERS:
+            sites = find_sites(self.detector, self.base, MAX_PARAMETERS - len(sites.channel))
+        return sites
+
+    @cached_property
+    def space(self) -> SearchSpace:
+        """The search space under the target's capabilities."""
+        space = self.config.space
+        return build_space(
+            self.detector, self.sites, self.target.capabilities, space.methods, space.granularity
+        )
+
+    @property
+    def identity(self) -> Recipe:
+        """The recipe of the base model."""
+        return identity(self.detector.name)
+
+    def split(self, name: str) -> DetectionSplit:
+        """A split by role, or by the name of an annotations file."""
+        return self.splits[name] if name in self.splits else load_split(self.config.data, name)
+
+    def images(self, split: DetectionSplit) -> LetterboxedImages:
+        """The letterboxed images of a split, memory-mapped; made on first use."""
+        preprocess = self.detector.preprocess
+        return LetterboxedImages.build(split, preprocess.size, preprocess.pad_value, self.config.cache)
+
+    @cached_property
+    def fit(self) -> LetterboxedImages:
+        """Images that train and calibrate."""
+        return self.images(self.splits["fit"])
+
+    @cached_property
+    def select(self) -> LetterboxedImages:
+        """Images that the search looks at."""
+        return self.images(self.splits["select"])
+
+    def inputs(self, images: LetterboxedImages, count: int) -> list[NDArray[np.float32]]:
+        """`count` network inputs `(1, 3, H, W)`, evenly spread over the images."""
+        picked = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+        return [network_input(images.pixels[k : k + 1], self.detector.preprocess) for k in picked]
+
+    @cached_property
+    def timing_inputs(self) -> list[NDArray[np.float32]]:
+        """Images to time on: a blank one, the most crowded one, one with a single object, and others.
+
+        Non-maximum suppression takes longer the more boxes there are, so their number must vary.
+        """
+        count = self.config.latency.images
+        boxes = np.array([len(self.select.labels(k).boxes) for k in range(len(self.select))])
+        special = [int(boxes.argmax()), int(np.abs(boxes - 1).argmin())]
+        inputs = self.inputs(self.select, max(count - 3, 1))
+        inputs += [network_input(self.select.pixels[k : k + 1], self.detector.preprocess) for k in special]
+        blank = np.full_like(self.select.pixels[:1], self.detector.preprocess.pad_value)
+        return [*inputs, network_input(blank, self.detector.preprocess)][-count:]
+
+    @cached_property
+    def teacher(self) -> TeacherOutputs:
+        """The base's outputs on fit."""
+        return TeacherOutputs(
+            self.base,
+            self.detector,
+            self.fit,
+            self.config.cache,
+            f"{self.weights_hash}-{self.splits['fit'].fingerprint()[:12]}-{self.detector.preprocess.size[0]}",
+            self.config.finetune.mirror,
+            self.slot,
+        )
+
+    @cached_property
+    def statistics(self) -> dict[str, Tensor]:
+        """Importance of channels; empty for magnitude."""
+        if self.config.importance == "magnitude":
+            return {}
+        return taylor_scores(self.base, self.detector, self.fit, self.slot)
+
+    def statistics_for(self, recipe: Recipe) -> dict[str, Tensor]:
+        """`statistics` where the recipe prunes; they cost a pass over fit."""
+        return self.statistics if recipe.of_kind(Prune) else {}
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """12 hex digits of the base's weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.base.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    def ranges(self, network: nn.Module, layers: list[str]) -> dict[str, LayerRanges]:
+        """Calibrated ranges of the layers of a network that is ready for export."""
+        if not layers:
+            return {}
+        inputs = self.inputs(self.fit, self.config.calibration_images)
+        return calibrate(self.detector.simplified(network), layers, inputs, self.config.seed)
+
+    def export(
+        self, network: nn.Module, bits: dict[str, int], recipe: Recipe, directory: Path
+    ) -> tuple[Path, ModelCard]:
+        """Write the deployable pair of a network.
+
+        Args:
+            network: trained, not yet simplified.
+            bits: by layer; layers that are missing are float32.
+            recipe: for the card.
+            directory: where the pair goes.
+        """
+        graph = export_graph(network, self.detector, self.config.postprocess, self.categories)
+        widths = dict.fromkeys(self.sites.facts, 32) | bits
+        narrow = [layer for layer, width in widths.items() if width <= 8]
+        lowered = self.target.lower(graph, widths, self.ranges(network, narrow))
+        card = ModelCard(
+            detector=self.detector.name,
+            preprocess=self.detector.preprocess,
+            postprocess=self.config.postprocess,
+            categories=card_categories(self.categories),
+            runtime=self.runtime(lowered.hint),
+            recipe=recipe,
+        )
+        model = write_graph(lowered.graph, directory)
+        card.write(directory)
+        return model, card
+
+    def runtime(self, hint: str) -> Runtime:
+        """This study's engine, threads and settings, as a card says them."""
+        engine, version = str(self.target.signature(self.config.threads)["engine"]).split(" ", 1)
+        config = {"INFERENCE_PRECISION_HINT": hint} if engine == "openvino" else {}
+        return Runtime(engine=engine, version=version, threads=self.config.threads, config=config)
+
+    def base_model(self, directory: Path) -> Path:
+        """The base in float32, exported once a study: what everything is timed against."""
+        model = directory / MODEL_FILE
+        if not model.exists():
+            self.export(self.base, {}, self.identity, directory)
+        return model
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What figures of this bench depend on; results under another one are not comparable."""
+        config = self.config
+        return {
+            "detector": self.detector.name,
+            "input size": "x".join(map(str, self.detector.preprocess.size)),
+            "base weights": self.weights_hash,
+            **{f"data {role}": split.fingerprint()[:12] for role, split in self.splits.items()},
+            "space": ", ".join(config.space.methods)
+            + f" by {config.space.granularity} {self.space.summary()}",
+            "target": config.target,
+            **{f"target {key}": str(v) for key, v in self.target.signature(config.threads).items()},
+            "postprocess": config.postprocess.model_dump_json(),
+            "fine-tuning": config.finetune.model_dump_json(),
+            "importance": config.importance,
+            "calibration images": config.calibration_images,
+            "seed": config.seed,
+            "result version": RESULT_VERSION,
+        }

@@ -1,0 +1,77 @@
+"""Damage of choices without training: how far a compressed network's outputs are from the base's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from evaluators.bench import Bench
+from evaluators.calibration import LayerRanges
+from evaluators.precision import weight_scales
+from spaces.apply import apply
+from spaces.detectors.base import Outputs
+from spaces.recipe import Recipe
+from spaces.space import bits_by_layer
+
+IMAGES = 12
+
+
+class Damage:
+    """Distances to the base's raw outputs on calibration images of fit, by the detector's own measure.
+
+    The base's outputs and ranges are computed once.
+    """
+
+    def __init__(self, bench: Bench, images: int = IMAGES) -> None:
+        self._bench = bench
+        inputs = bench.inputs(bench.fit, images)
+        with bench.slot.computing(), torch.no_grad():
+            self._images = torch.cat([torch.from_numpy(image) for image in inputs])
+            self._outputs: Outputs = bench.base(self._images)
+        self._ranges: dict[str, LayerRanges] = {}
+
+    def of(self, recipe: Recipe) -> float:
+        """The distance that a recipe causes; 0 for the identity.
+
+        8-bit layers round their inputs and weights, 16-bit ones go through bfloat16: close to what the
+        engines do, enough to tell sites apart.
+        """
+        bench = self._bench
+        draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
+        bits = {layer: width for layer, width in bits_by_layer(recipe, bench.sites).items() if width < 32}
+        network = draft.network
+        if bits:
+            network = bench.detector.simplified(network)
+            ranges = self._base_ranges([layer for layer, width in bits.items() if width <= 8])
+            for layer, width in bits.items():
+                _round(network.get_submodule(layer), width, ranges.get(layer))
+        with torch.no_grad():
+            outputs = network(self._images)
+            return float(bench.detector.distillation(outputs, self._outputs))
+
+    def _base_ranges(self, layers: list[str]) -> dict[str, LayerRanges]:
+        """Ranges of the base's layers, all calibrated at the first need."""
+        if layers and not self._ranges:
+            self._ranges = self._bench.ranges(self._bench.base, list(self._bench.sites.facts))
+        return {layer: self._ranges[layer] for layer in layers}
+
+
+def _round(layer: nn.Module, width: int, ranges: LayerRanges | None) -> None:
+    """Make a layer compute on rounded weights and inputs."""
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    if ranges is None:
+        weight.data = weight.data.to(torch.bfloat16).float()
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(torch.bfloat16).float(),))
+        return
+    scales = torch.from_numpy(weight_scales(weight.detach().numpy()))
+    shape = (-1,) + (1,) * (weight.dim() - 1)
+    rounded = (weight.data / scales.view(shape)).round().clamp(-127, 127)
+    weight.data = rounded * scales.view(shape)
+    low, high = ranges.read.low, ranges.read.high
+    step = (high - low) / 255
+
+    def round_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return ((inputs[0].clamp(low, high) / step).round() * step,)
+
+    layer.register_forward_pre_hook(round_input)

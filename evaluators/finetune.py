@@ -1,0 +1,164 @@
+"""Brief training of a candidate: the task loss and the distance to the base's outputs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from evaluators.datasets.letterbox import LetterboxedImages
+from evaluators.quiet import QuietSlot
+from evaluators.teacher import TeacherOutputs, batch_of
+from spaces.detectors.base import Detector, Labels
+
+
+class FineTunePlan(BaseModel):
+    """A candidate's training budget; the same for all candidates of a study.
+
+    Attributes:
+        epochs: passes over fit; 0 only measures the BatchNorm statistics of the pruned network anew.
+        batch_size: images a step.
+        learning_rate: of AdamW, at its highest: a short rise, then half a cosine to 0.
+        task_weight, distill_weight: shares of the two losses; 0 leaves one out.
+        mirror: half of the batches are mirrored left to right. Turn it off where left and right carry a
+            meaning, as in text.
+        gradient_norm: longer gradients are shortened to it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=3, ge=0)
+    batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0.0)
+    task_weight: float = Field(default=0.5, ge=0.0)
+    distill_weight: float = Field(default=1.0, ge=0.0)
+    mirror: bool = True
+    gradient_norm: float = Field(default=20.0, gt=0.0)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """After an epoch: its number from 1 on, mean loss, median seconds of a step."""
+
+    number: int
+    loss: float
+    step_s: float
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a finite number."""
+
+
+def fine_tune(
+    network: nn.Module,
+    detector: Detector,
+    images: LetterboxedImages,
+    teacher: TeacherOutputs,
+    plan: FineTunePlan,
+    slot: QuietSlot,
+    seed: int,
+) -> Iterator[Epoch]:
+    """Train `network` in place, yielding after each epoch.
+
+    Every step is taken inside `slot.computing()`, so that measurements on this machine find it quiet.
+
+    Raises:
+        DivergedError: the loss is no longer finite.
+    """
+    if plan.epochs == 0:
+        with slot.computing():
+            recalibrate_norms(network, detector, images, plan.batch_size)
+        return
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    network.train()
+    network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=plan.learning_rate, weight_decay=0.0)
+    labels = [images.labels(k) for k in range(len(images))]
+    batch_size = min(plan.batch_size, len(images))
+    steps = len(images) // batch_size
+    for epoch in range(plan.epochs):
+        order = random.permutation(len(images))
+        losses, seconds = [], []
+        for step in range(steps):
+            indices = order[step * batch_size : (step + 1) * batch_size]
+            mirrored = plan.mirror and bool(random.integers(2))
+            rate = plan.learning_rate * schedule((epoch * steps + step) / (plan.epochs * steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with slot.computing():
+                started = time.perf_counter()
+                losses.append(
+                    _step(network, detector, images, labels, teacher, plan, optimizer, indices, mirrored)
+                )
+                seconds.append(time.perf_counter() - started)
+            if not math.isfinite(losses[-1]):
+                raise DivergedError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1}")
+        yield Epoch(epoch + 1, float(np.mean(losses)), float(np.median(seconds)))
+    network.eval()
+
+
+def schedule(progress: float, warmup: float = 0.1) -> float:
+    """Learning rate over its highest at a progress in 0..1: a linear rise, then half a cosine to 0."""
+    if progress < warmup:
+        return 0.1 + 0.9 * progress / warmup
+    return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def _step(
+    network: nn.Module,
+    detector: Detector,
+    images: LetterboxedImages,
+    labels: list[Labels],
+    teacher: TeacherOutputs,
+    plan: FineTunePlan,
+    optimizer: torch.optim.Optimizer,
+    indices: np.ndarray[tuple[int], np.dtype[np.int64]],
+    mirrored: bool,
+) -> float:
+    batch = batch_of(images, detector, indices, mirrored)
+    outputs = network(batch.contiguous(memory_format=torch.channels_last))
+    loss = torch.zeros(())
+    if plan.task_weight:
+        width = batch.shape[3]
+        truth = [mirrored_labels(labels[k], width) if mirrored else labels[k] for k in indices]
+        loss = loss + plan.task_weight * detector.loss(outputs, truth)
+    if plan.distill_weight:
+        loss = loss + plan.distill_weight * detector.distillation(outputs, teacher(indices, mirrored))
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(network.parameters(), plan.gradient_norm)
+    optimizer.step()
+    return float(loss.detach())
+
+
+def mirrored_labels(labels: Labels, width: int) -> Labels:
+    """Labels of the image mirrored left to right; `width` in pixels."""
+    x1, y1, x2, y2 = labels.boxes.unbind(dim=1)
+    return Labels(torch.stack((width - x2, y1, width - x1, y2), dim=1), labels.classes)
+
+
+def recalibrate_norms(
+    network: nn.Module, detector: Detector, images: LetterboxedImages, batch_size: int, limit: int = 64
+) -> None:
+    """Measure the BatchNorm statistics anew, as averages over up to `limit` images; weights stay."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    network.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain average
+        norm.train()
+    with torch.no_grad():
+        for first in range(0, min(limit, len(images)), batch_size):
+            indices = np.arange(first, min(first + batch_size, len(images)))
+            network(batch_of(images, detector, indices, mirrored=False))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    network.eval()

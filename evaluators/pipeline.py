@@ -1,0 +1,277 @@
+"""One candidate's way: prune, fine-tune, export, score, time. A worker runs it stage by stage."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from evaluators.accuracy import score_session
+from evaluators.bench import Bench, BenchConfig
+from evaluators.damage import Damage
+from evaluators.evaluation import Evaluation, Measurement
+from evaluators.exported import MODEL_FILE, ModelCard
+from evaluators.finetune import fine_tune
+from evaluators.jobs import Job, StageReport
+from evaluators.latency import PairedLatency, measure_pair
+from evaluators.targets.base import Session
+from spaces.apply import apply, parameters, save
+from spaces.methods.base import Draft
+from spaces.recipe import Recipe
+from spaces.space import bits_by_layer, total_macs
+
+BASE_FOLDER = "base"
+REFERENCE_FILE = "reference.json"
+
+
+class CandidateWorker:
+    """Evaluates candidates of one study, one after another, in this process.
+
+    Args:
+        config: of the bench.
+        artifacts: folder of the study's model files.
+    """
+
+    def __init__(self, config: BenchConfig, artifacts: Path) -> None:
+        self.bench, self.artifacts = Bench(config), artifacts
+        self._base: Session | None = None
+
+    def run(self, job: Job) -> Iterator[StageReport]:
+        """Do a job: a `trial`, the `damage` of single choices, or the `probe` of a recipe's latency."""
+        stages = {"trial": self._trial, "damage": self._damage, "probe": self._probe}
+        return stages[job.kind](job)
+
+    # -- trials
+
+    def _trial(self, job: Job) -> Iterator[StageReport]:
+        assert job.recipe is not None
+        clock, bench, recipe = _Clock(self.bench), self.bench, job.recipe
+        folder = self.artifacts / f"trial-{job.number:05d}"
+        with bench.slot.computing():
+            draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
+        draft.network.requires_grad_(True)
+        yield clock.ended("compress", "load the teacher" if not recipe.is_identity else "export")
+        step_ms: list[float] = []
+        if not recipe.is_identity and draft.channels:
+            yield from self._fine_tune(draft.network, job.seed, clock, step_ms)
+        card, session = self._exported(draft, recipe, folder)
+        yield clock.ended("export", "score")
+        figures = self._scored(session)
+        yield clock.ended("score", "wait for a quiet moment to time it")
+        paired = self._timed(session)
+        yield clock.ended("latency", "")
+        metrics = self._metrics(draft, recipe, folder, figures, paired, step_ms)
+        details: dict[str, Any] = {"latency": paired.model_dump(mode="json"), "kernels": _kernels(session)}
+        if recipe.is_identity:
+            yield from self._trained_further(job.seed, clock, metrics)
+        evaluation = Evaluation(
+            recipe_key=recipe.key,
+            status="ok",
+            metrics=metrics,
+            split=str(bench.splits["select"].source),
+            artifact=str(folder / MODEL_FILE),
+            environment=bench.target.signature(bench.config.threads) | {"hint": card.runtime.hint},
+            details=details,
+            seconds=clock.seconds,
+        )
+        shown = {name: m.value for name, m in metrics.items()} | {"split": bench.splits["select"].name}
+        card.model_copy(update={"figures": shown}).write(folder)
+        yield StageReport(stage="done", result=evaluation.model_dump(mode="json"))
+
+    def _fine_tune(
+        self, network: nn.Module, seed: int, clock: _Clock, step_ms: list[float], named: str = "fine-tune"
+    ) -> Iterator[StageReport]:
+        """Train in place, a report an epoch. The teacher's outputs are made by whoever comes first."""
+        bench = self.bench
+        epochs = bench.config.finetune.epochs
+        teacher = bench.teacher
+        yield clock.ended("teacher", f"{named} 1/{epochs}")
+        for epoch in fine_tune(
+            network, bench.detector, bench.fit, teacher, bench.config.finetune, bench.slot, seed
+        ):
+            step_ms.append(epoch.step_s * 1e3)
+            coming = f"{named} {epoch.number + 1}/{epochs}" if epoch.number < epochs else "export"
+            yield clock.ended(f"{named} {epoch.number}/{epochs}", coming)
+        network.eval()
+
+    def _exported(self, draft: Draft, recipe: Recipe, folder: Path) -> tuple[ModelCard, Session]:
+        bench = self.bench
+        with bench.slot.computing():
+            bits = bits_by_layer(recipe, bench.sites)
+            model, card = bench.export(draft.network, bits, recipe, folder)
+            save(draft, recipe, folder)
+            session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
+        return card, session
+
+    def _scored(self, session: Session) -> dict[str, float]:
+        bench = self.bench
+        with bench.slot.computing():
+            figures, _ = score_session(
+                session, bench.splits["select"], bench.select, bench.detector.preprocess
+            )
+        return figures
+
+    def _timed(self, session: Session) -> PairedLatency:
+        """Time a candidate against the base while no other worker of this machine computes."""
+        bench = self.bench
+        base, inputs = self._base_session(), bench.timing_inputs
+        settings = bench.config.latency
+        with bench.slot.quiet():
+            return measure_pair(
+                session,
+                base,
+                inputs,
+                threads=bench.config.threads,
+                min_rounds=settings.min_rounds,
+                max_rounds=settings.max_rounds,
+                target_spread=settings.target_spread,
+                time_limit_s=settings.time_limit_s,
+            )
+
+    def _base_session(self) -> Session:
+        if self._base is None:
+            with self.bench.slot.computing():
+                model = self.bench.base_model(self.artifacts / BASE_FOLDER)
+                self._base = self.bench.target.prepare(model, self.bench.config.threads)
+        return self._base
+
+    def _metrics(
+        self,
+        draft: Draft,
+        recipe: Recipe,
+        folder: Path,
+        figures: dict[str, float],
+        paired: PairedLatency,
+        step_ms: list[float],
+    ) -> dict[str, Measurement]:
+        reference = self._reference(paired, recipe)
+        metrics = {
+            name: Measurement(value=value, unit="AP, 0..100")
+            for name, value in figures.items()
+            if value == value
+        }
+        metrics |= {
+            "latency_ratio": Measurement(
+                value=paired.ratio, unit="candidate / base", low=paired.low, high=paired.high
+            ),
+            "latency_ms": Measurement(
+                value=paired.ratio * reference,
+                unit="ms",
+                low=paired.low * reference,
+                high=paired.high * reference,
+            ),
+            "size_mb": Measurement(value=(folder / MODEL_FILE).stat().st_size / 1e6, unit="MB"),
+            "params": Measurement(value=parameters(draft.network), unit="parameters"),
+            "macs": Measurement(value=total_macs(recipe, self.bench.sites), unit="MACs"),
+            "peak_memory_mb": Measurement(
+                value=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, unit="MB, of the worker"
+            ),
+        }
+        if step_ms:
+            metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")
+        return metrics
+
+    def _reference(self, paired: PairedLatency, recipe: Recipe) -> float:
+        """The study's latency of the base, ms: what the base took when it was measured first."""
+        file = self.artifacts / BASE_FOLDER / REFERENCE_FILE
+        if not file.exists():
+            if not recipe.is_identity:
+                return paired.base_ms.p50
+            temporary = file.with_suffix(".tmp")
+            temporary.write_text(json.dumps({"base_ms": paired.base_ms.p50}))
+            temporary.replace(file)
+        return float(json.loads(file.read_text())["base_ms"])
+
+    def _trained_further(
+        self, seed: int, clock: _Clock, metrics: dict[str, Measurement]
+    ) -> Iterator[StageReport]:
+        """What the base gains from a candidate's budget: a base that still learns would flatter losses."""
+        bench = self.bench
+        if bench.config.finetune.epochs == 0:
+            return
+        further = apply(bench.base, bench.identity, bench.sites)
+        further.network.requires_grad_(True)
+        yield from self._fine_tune(further.network, seed, clock, [], named="train the base further")
+        folder = self.artifacts / BASE_FOLDER / "trained-further"
+        _, session = self._exported(further, bench.identity, folder)
+        gained = self._scored(session)["map"]
+        metrics["map_trained_further"] = Measurement(value=gained, unit="AP, 0..100")
+        yield clock.ended("score the base trained further", "")
+
+    # -- preparatory jobs
+
+    def _damage(self, job: Job) -> Iterator[StageReport]:
+        """Damage of single choices, without training; payload `recipes`: JSON of each."""
+        clock = _Clock(self.bench)
+        damage = Damage(self.bench)
+        yield clock.ended("load", "measure")
+        found = {}
+        for text in job.payload["recipes"]:
+            recipe = Recipe.from_json(text)
+            with self.bench.slot.computing():
+                found[recipe.key] = damage.of(recipe)
+        yield StageReport(stage="measure", result={"damage": found, "seconds": clock.total})
+
+    def _probe(self, job: Job) -> Iterator[StageReport]:
+        """Latency of a recipe without training: shapes and bit-widths alone decide it."""
+        assert job.recipe is not None
+        clock, bench = _Clock(self.bench), self.bench
+        folder = self.artifacts / "probes" / job.recipe.key
+        with bench.slot.computing():
+            draft = apply(bench.base, job.recipe, bench.sites)
+            bits = bits_by_layer(job.recipe, bench.sites)
+            model, card = bench.export(draft.network, bits, job.recipe, folder)
+            session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
+        yield clock.ended("export", "wait for a quiet moment to time it")
+        paired = self._timed(session)
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+        result = {
+            "ratio": paired.ratio,
+            "low": paired.low,
+            "high": paired.high,
+            "base_ms": paired.base_ms.p50,
+        }
+        yield StageReport(stage="latency", result=result)
+
+
+class _Clock:
+    """Seconds per stage, the time suspended for measurements of others apart."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._started = self._last = time.perf_counter()
+        self._waited = bench.slot.waited_seconds
+        self.seconds: dict[str, float] = {"suspended": 0.0}
+
+    def ended(self, stage: str, coming: str) -> StageReport:
+        """The report of a stage that has just ended."""
+        now, waited = time.perf_counter(), self._bench.slot.waited_seconds
+        took, held = now - self._last, waited - self._waited
+        self._last, self._waited = now, waited
+        self.seconds[stage] = round(took - held, 3)
+        self.seconds["suspended"] = round(self.seconds["suspended"] + held, 3)
+        return StageReport(stage=stage, seconds=took, waited=held, next_stage=coming)
+
+    @property
+    def total(self) -> float:
+        """Seconds since the job began."""
+        return time.perf_counter() - self._started
+
+
+def _kernels(session: Session) -> dict[str, int]:
+    """Number of executed kernels by precision."""
+    kinds = list(session.kernels().values())
+    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+
+
+def worker_factory(config: BenchConfig, artifacts: Path) -> partial[CandidateWorker]:
+    """What `search.workers` calls in each process."""
+    return partial(CandidateWorker, config, artifacts)

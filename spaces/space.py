@@ -1,0 +1,231 @@
+"""The search space: sites times options, as Optuna parameters and back."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from spaces.capabilities import Capabilities
+from spaces.detectors.base import Detector
+from spaces.errors import InputError
+from spaces.methods.prune import kept_channels
+from spaces.methods.registry import METHODS
+from spaces.recipe import Choice, Factorize, Prune, Quantize, Recipe
+from spaces.sites import Sites
+
+Granularity = Literal["layer", "block", "stage"]
+MAX_PARAMETERS = 120
+LABELS = {"prune": "sparsity", "quantize": "bits", "factorize": "rank"}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One Optuna parameter: a value that is chosen once for all its sites.
+
+    Attributes:
+        name: what the dashboard shows, such as `sparsity backbone.C3_p3.conv1`.
+        kind: the kind of choice.
+        values: sparsities, bit-widths or rank ratios; the first one changes nothing.
+        choices: for each value, the choice at each site.
+    """
+
+    name: str
+    kind: str
+    values: tuple[float, ...]
+    choices: tuple[tuple[Choice, ...], ...]
+
+    @property
+    def distribution(self) -> BaseDistribution:
+        """An ordered one where the values are even steps, so that samplers know what lies between."""
+        if self.kind == "prune" and len(self.values) > 1:
+            step = self.values[1]
+            even = all(abs(value - k * step) < 1e-9 for k, value in enumerate(self.values))
+            if even:
+                return FloatDistribution(0.0, self.values[-1], step=step)
+        return CategoricalDistribution(self.values)
+
+    def option(self, value: float) -> int:
+        """Position of a value. Raises InputError if it is none of the parameter's."""
+        for position, known in enumerate(self.values):
+            if abs(known - value) < 1e-4:
+                return position
+        shown = ", ".join(f"{v:g}" for v in self.values)
+        raise InputError(self.name, value, f"choose one of {shown}")
+
+
+class SearchSpace:
+    """What may be chosen for one detector on one target.
+
+    Args:
+        detector: its name, for the recipes.
+        sites: on the base graph.
+        parameters: at most one choice a kind and site.
+    """
+
+    def __init__(self, detector: str, sites: Sites, parameters: Sequence[Parameter]) -> None:
+        self.detector, self.sites = detector, sites
+        self.parameters = {p.name: p for p in parameters if len(p.values) > 1}
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Optuna's view, by parameter name."""
+        return {name: parameter.distribution for name, parameter in self.parameters.items()}
+
+    def identity_params(self) -> dict[str, float]:
+        """The parameters of the base model."""
+        return {name: parameter.values[0] for name, parameter in self.parameters.items()}
+
+    def recipe(self, params: Mapping[str, Any]) -> Recipe:
+        """The recipe of one value for every parameter; a missing one stays at its first value.
+
+        Raises:
+            InputError: an unknown parameter or value.
+        """
+        choices: list[Choice] = []
+        for name, value in params.items():
+            if name not in self.parameters:
+                raise InputError("parameter", name, "is none of this space")
+            parameter = self.parameters[name]
+            choices += parameter.choices[parameter.option(float(value))]
+        return Recipe(detector=self.detector, choices=tuple(choices))
+
+    def params(self, recipe: Recipe) -> dict[str, float]:
+        """The parameters that make a recipe; the inverse of `recipe`.
+
+        Raises:
+            InputError: no parameters of this space make it.
+        """
+        if recipe.detector != self.detector:
+            raise InputError("recipe.detector", recipe.detector, f"the space is of {self.detector}")
+        wanted = {(choice.kind, choice.site): choice for choice in recipe.choices}
+        result = {}
+        for name, parameter in self.parameters.items():
+            here = {(c.kind, c.site) for choices in parameter.choices for c in choices}
+            mine = {wanted.pop(place) for place in here if place in wanted}
+            for value, choices in zip(parameter.values, parameter.choices, strict=True):
+                if {c for c in choices if not _changes_nothing(c)} == mine:
+                    result[name] = value
+                    break
+            else:
+                raise InputError("recipe", name, "holds choices that the space does not offer together")
+        if wanted:
+            kind, site = next(iter(wanted))
+            raise InputError(f"recipe.{kind}.site", site, "is no site of this space")
+        return result
+
+    def contains(self, recipe: Recipe) -> bool:
+        """True where some parameters make the recipe."""
+        try:
+            self.params(recipe)
+        except InputError:
+            return False
+        return True
+
+    def summary(self) -> dict[str, Any]:
+        """What makes this space this one and no other, for the study's fingerprint."""
+        kinds: dict[str, int] = defaultdict(int)
+        for parameter in self.parameters.values():
+            kinds[LABELS[parameter.kind]] += 1
+        options = sum(len(p.values) for p in self.parameters.values())
+        return {"parameters": len(self.parameters), "options": options, **kinds}
+
+
+def build_space(
+    detector: Detector,
+    sites: Sites,
+    capabilities: Capabilities,
+    methods: Sequence[str] = ("prune", "quantize"),
+    granularity: Granularity = "layer",
+) -> SearchSpace:
+    """The space of the given methods; `block` and `stage` choose once for all sites of a block or stage.
+
+    Raises:
+        InputError: an unknown method.
+    """
+    parameters: list[Parameter] = []
+    for kind in methods:
+        if kind not in METHODS:
+            raise InputError("space.methods", kind, f"choose from {', '.join(METHODS)}")
+        options = METHODS[kind].options(sites, capabilities)
+        for name, members in _joined(detector, sites, options, granularity).items():
+            parameters.append(_parameter(name, kind, members, sites, capabilities))
+    return SearchSpace(detector.name, sites, parameters)
+
+
+def _joined(
+    detector: Detector, sites: Sites, options: Mapping[str, tuple[Choice, ...]], granularity: Granularity
+) -> dict[str, list[tuple[Choice, ...]]]:
+    group: Callable[[str], str] = {"block": detector.block_of, "stage": detector.stage_of}.get(
+        granularity, lambda layer: layer
+    )
+    joined: dict[str, list[tuple[Choice, ...]]] = defaultdict(list)
+    for site, choices in options.items():
+        joined[site if granularity == "layer" else group(_first_layer(sites, site))].append(choices)
+    return joined
+
+
+def _first_layer(sites: Sites, site: str) -> str:
+    if site in sites.layer:
+        return sites.layer[site].layers[-1]
+    produced = [m.layer for m in sites.channel[site].members if m.side == "out" and m.layer in sites.facts]
+    return min(produced, key=list(sites.facts).index)
+
+
+def _parameter(
+    name: str, kind: str, members: list[tuple[Choice, ...]], sites: Sites, capabilities: Capabilities
+) -> Parameter:
+    label = f"{LABELS[kind]} {name}"
+    if kind != "prune" or len(members) == 1:
+        values = tuple(_value(choice) for choice in members[0])
+        return Parameter(label, kind, values, tuple(zip(*members, strict=True)))
+    # Sites of several widths share one sparsity: each takes its own nearest step to an eighth's multiple.
+    steps = [k / 8 for k in range(8)]
+    choices = tuple(
+        tuple(_nearest(options, step) for options in members if len(options) > 1) for step in steps
+    )
+    distinct = [k for k in range(8) if k == 0 or choices[k] != choices[k - 1]]
+    return Parameter(label, kind, tuple(steps[k] for k in distinct), tuple(choices[k] for k in distinct))
+
+
+def _nearest(options: tuple[Choice, ...], sparsity: float) -> Choice:
+    return min(options, key=lambda choice: abs(_value(choice) - sparsity))
+
+
+def _value(choice: Choice) -> float:
+    match choice:
+        case Prune():
+            return choice.sparsity
+        case Quantize():
+            return float(choice.weight_bits)
+        case Factorize():
+            return choice.rank_ratio
+
+
+def _changes_nothing(choice: Choice) -> bool:
+    return Recipe(detector="", choices=(choice,)).is_identity
+
+
+def kept_by_site(recipe: Recipe, sites: Sites) -> dict[str, int]:
+    """Channels left at the pruned sites of a recipe."""
+    return {
+        site: kept_channels(sites.channel[site].channels, choice.sparsity)
+        for site, choice in recipe.of_kind(Prune).items()
+    }
+
+
+def bits_by_layer(recipe: Recipe, sites: Sites) -> dict[str, int]:
+    """The bit-width that every layer runs at, 32 where nothing is chosen."""
+    bits = dict.fromkeys(sites.facts, 32)
+    for site, choice in recipe.of_kind(Quantize).items():
+        for layer in sites.layer[site].layers:
+            bits[layer] = max(choice.weight_bits, choice.activation_bits)
+    return bits
+
+
+def total_macs(recipe: Recipe, sites: Sites) -> int:
+    """Multiply-accumulates of one image under a recipe."""
+    widths = sites.widths(kept_by_site(recipe, sites))
+    return sum(facts.macs(*widths[name]) for name, facts in sites.facts.items())
