@@ -18,6 +18,8 @@ import pytest
 from evaluators.quiet import QuietSlot, default_directory
 from spaces.errors import InputError
 
+pytestmark = pytest.mark.timeout(60)  # a deadlock is what could go wrong here
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # A process that computes or measures in a loop, and prints when: the monotonic clock is the machine's.
@@ -127,14 +129,15 @@ def test_no_starvation_with_four_computing_and_two_measuring(tmp_path: Path) -> 
 
 
 def test_a_waiting_measurement_stops_new_steps(tmp_path: Path) -> None:
-    with start(HOLD, "computing", tmp_path) as step, start(HOLD, "quiet", tmp_path) as measurement:
-        assert line_of(step) == "inside"
-        deadline = time.monotonic() + 10
-        while entered(QuietSlot(tmp_path).computing(), within=0.2):
-            assert time.monotonic() < deadline, "steps go on although a measurement waits"
-        step.communicate("go on\n")
-        assert line_of(measurement) == "inside"
-        measurement.kill()
+    with start(HOLD, "computing", tmp_path) as step:
+        assert line_of(step) == "inside"  # before the measurement asks, which would keep it out
+        with start(HOLD, "quiet", tmp_path) as measurement:
+            deadline = time.monotonic() + 20
+            while entered(QuietSlot(tmp_path).computing(), within=0.2):
+                assert time.monotonic() < deadline, "steps go on although a measurement waits"
+            step.communicate("go on\n")
+            assert line_of(measurement) == "inside"
+            measurement.kill()
 
 
 def test_kill_frees_the_slot(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
