@@ -142,6 +142,8 @@ class Progress:
         for worker, doing in sorted(self._doing.items()):
             spent = duration(time.monotonic() - doing.since)
             workers.add_row(f"worker {worker + 1}", doing.job, doing.stage, Text(spent, style="dim"))
+        if not self._doing and not self._trial_seconds and self._finished < self.total:
+            workers.add_row(Text("starting workers", style="dim"))
         parts: list[RenderableType] = [head, bar, workers]
         if self._front:
             parts.append(self._points_table())
@@ -149,7 +151,8 @@ class Progress:
 
     def _points_table(self) -> Table:
         table = Table(title="best points so far", title_justify="left", title_style="dim", box=None)
-        shown = ([self.base] if self.base else []) + self._front[:_SHOWN_POINTS]
+        found = [point for point in self._front if self.base is None or point.number != self.base.number]
+        shown = ([self.base] if self.base else []) + found[:_SHOWN_POINTS]
         for name in ("trial", *shown[0].values):
             table.add_column(name, justify="right")
         for point in shown:

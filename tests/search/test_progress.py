@@ -45,6 +45,7 @@ def test_the_panel_shows_workers_totals_and_points() -> None:
     for text in ("trials 10/40", "failed 2", "preparing 3/8", "trial 11", "finetune 2/4", "sensitivity 3/8"):
         assert text in shown
     assert "6.4 (1.56x)" in shown
+    assert shown.count("(1.00x)") == 1, "the base is shown once, also where it is on the front"
     assert "57.12" in shown
 
 
