@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import socket
-import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from search.processes import process_started
 from search.storage import GRACE_SECONDS, HEARTBEAT_SECONDS
 from search.trials import TrialWriter, doing, owner_of
 
@@ -50,20 +50,6 @@ class Owner(BaseModel):
         if process_started(self.pid) != self.started:
             return False
         return self.pid != here.pid or self.driver in _live_here
-
-
-def process_started(pid: int) -> str | None:
-    """When process `pid` was started, as an opaque text; None where there is no such process."""
-    try:
-        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        if Path("/proc/self/stat").exists():
-            return None
-        shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
-        return shown.stdout.strip() or None
-    except (ProcessLookupError, PermissionError):
-        return None
-    return None if after_name[0] in "ZX" else after_name[19]  # fields 3 (state) and 22 (starttime)
 
 
 @dataclass

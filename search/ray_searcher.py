@@ -23,7 +23,7 @@ from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from evaluators.jobs import Job, StageReport
-from search.owners import process_started
+from search.processes import process_started
 from search.ray_runtime import environment
 from search.ray_worker import EVENT, WorkerProcess
 from search.workers import FINISHED, JobSource, Pool, StopRequest, WorkerFactory, WorkersUnusableError

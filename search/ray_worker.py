@@ -14,7 +14,7 @@ from typing import Any
 from ray import cloudpickle, tune
 
 from evaluators.jobs import Job, StageReport, Worker
-from search.owners import process_started
+from search.processes import process_started
 from search.workers import Pool, WorkerFactory
 from spaces.errors import InputError
 

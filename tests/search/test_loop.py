@@ -14,6 +14,7 @@ from typing import Any
 
 import fake_workers
 import pytest
+import test_workers
 import toy_problem
 from optuna.trial import TrialState
 from toy_problem import toy_parts, toy_study
@@ -34,12 +35,16 @@ def summary(study: SearchStudy) -> Counter[str]:
     return Counter(trial.state.name for trial in study.optuna.get_trials())
 
 
-@pytest.mark.parametrize("database", ["sqlite", "postgres"])
-def test_a_search_ends_with_its_total_and_goes_on_from_there(
-    database: str, tmp_path: Path, pool: Pool, request: pytest.FixtureRequest
-) -> None:
-    url = request.getfixturevalue("postgres") if database == "postgres" else None
-    study = toy_study(tmp_path, f"loop-{tmp_path.name}", url)
+def test_a_search_on_postgresql(tmp_path: Path, pool: Pool, postgres: str) -> None:
+    study = toy_study(tmp_path, f"loop-{tmp_path.name}", postgres)
+    outcome = run_search(study, toy_parts(), fake_workers.ToyWorker, trials=6, pool=pool)
+    assert (outcome.finished, outcome.failed, outcome.stopped) == (6, 0, False)
+    for trial in study.optuna.get_trials():
+        assert trial.values == list(fake_workers.score(trial.params))
+
+
+def test_a_search_ends_with_its_total_and_goes_on_from_there(tmp_path: Path, pool: Pool) -> None:
+    study = toy_study(tmp_path)
     told: list[int] = []
     parts = toy_parts(after_trial=lambda _, number: told.append(number))
     outcome = run_search(study, parts, fake_workers.ToyWorker, trials=6, pool=pool)
@@ -59,7 +64,7 @@ def test_a_search_ends_with_its_total_and_goes_on_from_there(
     assert again.seconds < 5  # nothing to do: Ray is not even asked
     assert len(study.optuna.get_trials()) == len(trials)
 
-    reopened = toy_study(tmp_path, study.name, url)
+    reopened = toy_study(tmp_path)
     assert run_search(reopened, parts, fake_workers.ToyWorker, trials=9, pool=pool).finished == 9
     recipes = [
         t.user_attrs["recipe"] for t in reopened.optuna.get_trials() if "duplicate_of" not in t.user_attrs
@@ -200,8 +205,11 @@ def test_a_killed_driver_loses_nothing(tmp_path: Path, pool: Pool) -> None:
     study = toy_study(tmp_path)
     driver = start(tmp_path, 12, "SlowWorker")
     wait_for(lambda: finished_count(study.optuna) >= 3 and summary(study)["RUNNING"] >= 1, driver)
+    family = test_workers.computing(test_workers.session_members(driver.pid))
+    assert len(family) >= 4  # driver, raylet, gcs server, workers ...
     driver.kill()
     driver.communicate()
+    assert test_workers.left_after(family, 20) == []
     before = {t.number: t.values for t in study.optuna.get_trials() if t.state == TrialState.COMPLETE}
     running = [t.number for t in study.optuna.get_trials() if t.state == TrialState.RUNNING]
     assert 3 <= len(before) < 12

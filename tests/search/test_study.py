@@ -17,7 +17,8 @@ from optuna.trial import FrozenTrial, TrialState
 from toy_problem import FINGERPRINT, OBJECTIVES, toy_study
 
 from evaluators.evaluation import Evaluation
-from search.owners import Driver, Owner, driver_of, process_started, recover_orphans
+from search.owners import Driver, Owner, driver_of, recover_orphans
+from search.processes import process_started
 from search.storage import mask_url, open_storage
 from search.study import SearchStudy, load_study, open_study
 from search.trials import TrialWriter, counts, enqueued_params, evaluation_of, owner_of, recipe_of
