@@ -181,7 +181,8 @@ def weight_scales(weight: NDArray[np.float32]) -> NDArray[np.float32]:
 def _stored_half(graph: onnx.ModelProto, tensor: onnx.TensorProto) -> str:
     """A float32 constant as bfloat16; the name to read."""
     if tensor.data_type != TensorProto.FLOAT:
-        return tensor.name
+        unchanged: str = tensor.name
+        return unchanged
     name = f"{tensor.name}_bf16"
     if not any(t.name == name for t in graph.graph.initializer):
         values = numpy_helper.to_array(tensor)

@@ -18,7 +18,7 @@ from spaces.methods.registry import METHODS
 from spaces.recipe import Recipe
 from spaces.sites import Sites
 
-PLAN_FILE, STATE_FILE = "plan.json", "state.safetensors"
+PLAN_FILE, STATE_FILE = "recipe.json", "state.safetensors"
 
 
 def check(recipe: Recipe, sites: Sites) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from typing import Annotated, Literal, TypeVar
@@ -67,7 +68,7 @@ class Recipe(_Frozen):
     @model_validator(mode="after")
     def _canonical(self) -> Recipe:
         kept = sorted((c for c in self.choices if not is_identity(c)), key=lambda c: (c.kind, c.site))
-        for first, second in zip(kept, kept[1:], strict=False):
+        for first, second in itertools.pairwise(kept):
             if (first.kind, first.site) == (second.kind, second.site):
                 raise ValueError(f"{first.kind} is chosen twice at site {first.site}")
         object.__setattr__(self, "choices", tuple(kept))

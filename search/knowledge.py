@@ -1,0 +1,118 @@
+"""What the study knows for proposing: damage of options, latency of recipes, and the mAP they led to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial
+from scipy.optimize import nnls
+
+from evaluators.latency_model import LatencyModel, fit_latency
+from search.sensitivity import JOB, damage_table
+from search.study import SearchStudy
+from search.trials import evaluation_of, is_candidate
+from spaces.recipe import Recipe
+from spaces.space import LABELS
+from spaces.table import Options, SpaceTable
+
+PROBE = "probe"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Evaluated trials: positions `(N, P)`, mAP `(N,)` in 0..100 and latency ratios `(N,)`."""
+
+    options: Options
+    map: NDArray[np.float64]
+    ratio: NDArray[np.float64]
+
+
+def finished_trials(table: SpaceTable, trials: list[FrozenTrial]) -> Finished:
+    """The evaluated trials of this space, the base among them."""
+    rows, maps, ratios = [], [], []
+    for trial in trials:
+        evaluation = evaluation_of(trial) if is_candidate(trial) else None
+        if evaluation is None or set(trial.params) != set(table.names):
+            continue
+        if not {"map", "latency_ratio"} <= evaluation.metrics.keys():
+            continue
+        rows.append(trial.params)
+        maps.append(evaluation.metrics["map"].value)
+        ratios.append(evaluation.metrics["latency_ratio"].value)
+    return Finished(table.options(rows), np.array(maps, float), np.array(ratios, float))
+
+
+def measured_latency(table: SpaceTable, study: SearchStudy, finished: Finished) -> LatencyModel | None:
+    """The latency model of all probes and trials; None before anything was measured."""
+    recipes, ratios = [], []
+    for name, result in study.job_results().items():
+        if name.startswith(PROBE) and "ratio" in result:
+            recipes.append(table.space.params(Recipe.from_json(result["recipe"])))
+            ratios.append(float(result["ratio"]))
+    options = np.concatenate([table.options(recipes), finished.options])
+    if not len(options):
+        return None
+    return fit_latency(table, options, np.concatenate([np.array(ratios, float), finished.ratio]))
+
+
+def measured_damage(table: SpaceTable, study: SearchStudy) -> NDArray[np.float64] | None:
+    """Damage `(P, O)` of single options; None where sensitivities were not measured."""
+    results = [r for name, r in study.job_results().items() if name.startswith(JOB) and "damage" in r]
+    return damage_table(table, results) if results else None
+
+
+@dataclass(frozen=True)
+class LossModel:
+    """Predicted loss of mAP: a weight for each kind of choice on the damages of its parameters.
+
+    Pruning and quantisation damage outputs alike, but fine-tuning repairs them differently; the weights
+    say how much of either is left in mAP after training.
+
+    Attributes:
+        damage: `(P, O)`.
+        kinds: `(P,)` index of each parameter's kind.
+        weights: `(K,)` AP points for one unit of damage.
+    """
+
+    damage: NDArray[np.float64]
+    kinds: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+    @property
+    def loss(self) -> NDArray[np.float64]:
+        """Predicted loss `(P, O)` of each option, AP points."""
+        scaled: NDArray[np.float64] = self.damage * self.weights[self.kinds][:, None]
+        return scaled
+
+
+def fit_loss(
+    table: SpaceTable, damage: NDArray[np.float64], finished: Finished, base_map: float
+) -> LossModel:
+    """Fit the weights to measured losses; large losses count less, for nobody wants their neighbours.
+
+    Before anything was measured one unit of damage costs one AP point, which only orders the options.
+    """
+    labels = list(LABELS.values())
+    kinds = np.array([labels.index(name.split(" ", 1)[0]) for name in table.names])
+    count, rows = len(labels), np.arange(len(table.names))
+    weights = np.ones(count)
+    changed = finished.options.any(axis=1)
+    if changed.any():
+        options = finished.options[changed]
+        losses = np.maximum(base_map - finished.map[changed], 0.05)
+        single = damage[rows, options]
+        single = np.where(np.isfinite(single), single, 0.0)
+        sums = np.stack([(single * (kinds == k)).sum(axis=1) for k in range(count)], axis=1)
+        scale = 1 / (1 + losses)
+        shrink = 0.1 * np.eye(count) * max(float(sums.mean()), 1e-6)
+        matrix = np.concatenate([sums * scale[:, None], shrink])
+        goal = np.concatenate([losses * scale, shrink @ np.full(count, _overall(sums, losses))])
+        weights = np.maximum(nnls(matrix, goal)[0], 1e-3)
+    return LossModel(damage, kinds, weights)
+
+
+def _overall(sums: NDArray[np.float64], losses: NDArray[np.float64]) -> float:
+    """One weight for all kinds: the median of loss over damage."""
+    return float(np.median(losses / np.maximum(sums.sum(axis=1), 1e-9)))

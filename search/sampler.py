@@ -1,0 +1,134 @@
+"""An Optuna sampler that solves for the front it expects, and corrects itself by what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from evaluators.latency_model import LatencyModel
+from evaluators.ranking import front
+from search.knowledge import Finished, finished_trials, fit_loss
+from search.solver import damage_path
+from spaces.table import SpaceTable
+
+PERTURBATION = 0.35
+"""Standard deviation of the logarithm by which each parameter's predicted loss is perturbed."""
+MUTATIONS = 0.4
+"""Share of proposals that mutate a member of the front; the others are solved for."""
+LARGEST_LOSS = 6.0
+"""AP points that are worth looking at where no limit says less."""
+
+
+class FrontSampler(BaseSampler):
+    """Proposes recipes by solver and by mutation of the front.
+
+    A proposal by solver perturbs every parameter's predicted loss (Thompson sampling: Thompson 1933,
+    Biometrika 25), draws the loss it is willing to pay, and takes the fastest recipe within it. A
+    proposal by mutation changes a few parameters of a measured front member by one step each. Its state
+    is the study alone: predicted losses and latencies are fitted anew from the finished trials, so
+    resumed studies and several drivers need nothing more.
+
+    Args:
+        table: of the space.
+        damage: `(P, O)` damage of single options, see `search.sensitivity`.
+        latency: the model fitted on probes, refitted with the trials by `relearn`.
+        relearn: called with the finished trials before each proposal.
+        largest_loss: AP points; proposals expected to lose more are not made.
+        seed: of everything random.
+    """
+
+    def __init__(
+        self,
+        table: SpaceTable,
+        damage: NDArray[np.float64],
+        relearn: Callable[[Finished], LatencyModel],
+        largest_loss: float = LARGEST_LOSS,
+        seed: int | None = None,
+    ) -> None:
+        self._table, self._damage, self._relearn = table, damage, relearn
+        self._largest_loss = largest_loss
+        self._random = np.random.default_rng(seed)
+        self._fallback = RandomSampler(seed=seed)
+
+    def reseed_rng(self) -> None:
+        """Called by Optuna where one sampler is used by several processes."""
+        self._random = np.random.default_rng()
+        self._fallback.reseed_rng()
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        """The whole space, always: parameters are never conditional."""
+        return self._table.space.distributions()
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A random value, for parameters that are not of the space."""
+        return self._fallback.sample_independent(study, trial, param_name, param_distribution)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """One proposal that no finished or running trial has made."""
+        trials = study.get_trials(deepcopy=False)
+        finished = finished_trials(self._table, trials)
+        if not len(finished.map):
+            return {}
+        taken = self._taken(trials)
+        model = self._relearn(finished)
+        for _ in range(20):
+            if self._random.random() < MUTATIONS and len(finished.map) > 2:
+                options = self._mutated(finished)
+            else:
+                options = self._solved(finished, model)
+            if options.tobytes() not in taken:
+                break
+        return self._table.params(options)
+
+    def _taken(self, trials: list[FrozenTrial]) -> set[bytes]:
+        names = set(self._table.names)
+        states = (TrialState.COMPLETE, TrialState.RUNNING, TrialState.PRUNED)
+        rows = [t.params for t in trials if t.state in states and set(t.params) == names]
+        return {row.tobytes() for row in self._table.options(rows)}
+
+    def _solved(self, finished: Finished, model: LatencyModel) -> NDArray[np.int64]:
+        base_map = float(finished.map[~finished.options.any(axis=1)].max(initial=finished.map.max()))
+        loss = fit_loss(self._table, self._damage, finished, base_map).loss
+        noise = np.exp(self._random.normal(0.0, PERTURBATION, size=(len(loss), 1)))
+        path = damage_path(loss * noise, model, self.starts())
+        if not path:
+            return self._mutated(finished)
+        # Square, so that small losses, which people want most, are looked at more often.
+        willing = self._largest_loss * self._random.random() ** 2
+        within = [point for point in path if point.damage <= willing]
+        return (within[-1] if within else path[0]).options
+
+    def _mutated(self, finished: Finished) -> NDArray[np.int64]:
+        points = np.stack([-finished.map, finished.ratio], axis=1)
+        members = [k for k in front(points) if finished.map.max() - finished.map[k] <= self._largest_loss]
+        parent = finished.options[self._random.choice(members)].copy()
+        sizes = self._table.sizes
+        for p in self._random.choice(len(parent), size=1 + self._random.poisson(2.0), replace=True):
+            step = self._random.choice([-1, 1])
+            parent[p] = np.clip(parent[p] + step, 0, sizes[p] - 1)
+        mutated: NDArray[np.int64] = parent
+        return mutated
+
+    def starts(self) -> list[NDArray[np.int64]]:
+        """Where the solver begins: the base, and every bit-width used everywhere."""
+        return uniform_starts(self._table)
+
+
+def uniform_starts(table: SpaceTable) -> list[NDArray[np.int64]]:
+    """The base, and for each bit-width of the space all layers at it; nothing pruned."""
+    bits = np.array([name.startswith("bits ") for name in table.names])
+    most = int(table.sizes[bits].max(initial=1))
+    return [np.where(bits, np.minimum(k, table.sizes - 1), 0) for k in range(most)]

@@ -1,0 +1,163 @@
+"""How a study is searched: what is measured first, which seeds follow, which sampler goes on."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import optuna
+from numpy.typing import NDArray
+from optuna.samplers import BaseSampler
+
+from evaluators.bench import Bench
+from evaluators.jobs import Job
+from evaluators.latency_model import LatencyModel
+from evaluators.ranking import Problem
+from search.knowledge import PROBE, Finished, finished_trials, measured_damage, measured_latency
+from search.sampler import LARGEST_LOSS, FrontSampler, uniform_starts
+from search.sensitivity import sensitivity_jobs
+from search.solver import at_damages, damage_path
+from search.study import SearchStudy
+from spaces.errors import InputError
+from spaces.recipe import Recipe
+from spaces.table import SpaceTable
+
+SEEDS_SHARE = 0.3
+"""Share of the trials that the seeds may take."""
+PROBES = 16
+CHUNKS = 8
+
+SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=False),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
+    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+}
+"""Optuna's own, by the names of `--sampler`; `front` is ours, `module:Class` anybody's."""
+
+
+class Strategy:
+    """The plan of one study.
+
+    Args:
+        bench: its space and detector.
+        study: where results are stored.
+        problem: limits bound what is proposed.
+        sampler: `front`, one of `SAMPLERS`, or `module:Class`, which is called with `seed`.
+        seeds: measure sensitivities and latencies first and enqueue solved recipes; `front` needs it.
+        trials: of the whole study; the seeds take a share of them.
+
+    Raises:
+        InputError: an unknown sampler.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        study: SearchStudy,
+        problem: Problem,
+        sampler: str = "front",
+        seeds: bool = True,
+        trials: int = 40,
+    ) -> None:
+        self._study, self._trials = study, trials
+        self._seeds = seeds or sampler == "front"
+        self._make = None if sampler == "front" else sampler_named(sampler)
+        self._space, self._table = bench.space, SpaceTable(bench.space)
+        self._largest_loss = problem.limits.get("map_drop", ("<=", LARGEST_LOSS))[1]
+        self.planner = Preparations(bench, study, self._seeds)
+
+    def sampler(self, seed: int) -> BaseSampler:
+        """The sampler of a run; without sensitivities Optuna's TPE takes the place of `front`."""
+        damage = measured_damage(self._table, self._study)
+        if self._make is not None:
+            return self._make(seed)
+        if damage is None:
+            return SAMPLERS["tpe"](seed)
+        return FrontSampler(self._table, damage, self._latency, 1.5 * self._largest_loss, seed)
+
+    def on_prepared(self, _study: SearchStudy) -> None:
+        """Enqueue the seeds: solved recipes from mild to strong."""
+        damage = measured_damage(self._table, self._study) if self._seeds else None
+        if damage is None:
+            return
+        trials = self._study.optuna.get_trials(deepcopy=False)
+        model = self._latency(finished_trials(self._table, trials))
+        for options in self.seeds(damage, model):
+            self._study.optuna.enqueue_trial(self._table.params(options), user_attrs={"origin": "seed"})
+
+    def seeds(self, damage: NDArray[np.float64], model: LatencyModel) -> list[NDArray[np.int64]]:
+        """Recipes spaced by damage, each twice as much as the one before, the mildest first."""
+        path = damage_path(damage, model, uniform_starts(self._table))
+        if not path:
+            return []
+        count = max(3, round(SEEDS_SHARE * self._trials))
+        low = max(path[0].damage, 0.02)
+        wanted = low * np.geomspace(1.0, max(path[-1].damage / low / 4, 2.0), count)
+        return [point.options for point in at_damages(path, wanted)]
+
+    def _latency(self, finished: Finished) -> LatencyModel:
+        model = measured_latency(self._table, self._study, finished)
+        assert model is not None, "the base is finished before anything is proposed"
+        return model
+
+
+class Preparations:
+    """The preparatory jobs: latency probes of random recipes and the damage of single choices."""
+
+    def __init__(self, bench: Bench, study: SearchStudy, wanted: bool) -> None:
+        self._study, self._wanted = study, wanted
+        self._table = SpaceTable(bench.space)
+        self._seed = bench.config.seed
+
+    def pending(self) -> Sequence[Job]:
+        """Jobs whose results the study does not have."""
+        if not self._wanted or not self._table.names:
+            return []
+        stored = self._study.job_results()
+        jobs = sensitivity_jobs(self._table.space, CHUNKS)
+        jobs += [
+            Job(kind="probe", name=f"{PROBE} {k + 1}/{PROBES}", recipe=recipe)
+            for k, recipe in enumerate(probe_recipes(self._table, PROBES, self._seed))
+        ]
+        return [job for job in jobs if job.name not in stored]
+
+
+def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
+    """Recipes for the latency model: every bit-width used everywhere, then random mixtures.
+
+    Half of the random ones keep to one bit-width, the others mix two: the widths are drawn per parameter
+    with a share of its own, and so is how much is pruned.
+    """
+    random = np.random.default_rng(seed)
+    bits = np.array([name.startswith("bits ") for name in table.names])
+    rows = uniform_starts(table)[1:]
+    while len(rows) < count:
+        strength = random.random()
+        pruned = random.binomial(np.maximum(table.sizes - 1, 0), strength)
+        most = int(table.sizes[bits].max(initial=1))
+        first, second = random.integers(most), random.integers(most)
+        share = random.random() if len(rows) % 2 else 1.0
+        chosen = np.where(random.random(len(bits)) < share, first, second)
+        rows.append(np.where(bits, np.minimum(chosen, table.sizes - 1), pruned))
+    return [table.space.recipe(table.params(row)) for row in rows[:count]]
+
+
+def sampler_named(name: str) -> Callable[[int], BaseSampler]:
+    """A maker of Optuna samplers from a seed.
+
+    Raises:
+        InputError: unknown name, or a class that cannot be imported.
+    """
+    if name in SAMPLERS:
+        return SAMPLERS[name]
+    if ":" not in name:
+        raise InputError("sampler", name, f"choose front, {', '.join(SAMPLERS)}, or module:Class")
+    module, _, attribute = name.partition(":")
+    try:
+        made: Callable[..., BaseSampler] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError("sampler", name, f"cannot be imported ({error})") from None
+    return lambda seed: made(seed=seed)

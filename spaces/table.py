@@ -1,0 +1,107 @@
+"""A search space as arrays: shapes and multiplications of many recipes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spaces.methods.prune import kept_channels
+from spaces.recipe import Prune, Quantize
+from spaces.space import SearchSpace
+
+Options = NDArray[np.int64]
+"""`(N, P)`: for each recipe the position of each parameter's value; 0 everywhere is the base."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Layers of N recipes.
+
+    Attributes:
+        inputs, outputs: `(N, L)` channels left.
+        macs: `(N, L)` multiply-accumulates.
+        bits: `(N, L)` bit-widths.
+    """
+
+    inputs: NDArray[np.float64]
+    outputs: NDArray[np.float64]
+    macs: NDArray[np.float64]
+    bits: NDArray[np.int64]
+
+
+class SpaceTable:
+    """Vectorised view of a space; parameters in the space's order, layers in order of execution."""
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        self.names = list(space.parameters)
+        self.sizes = np.array([len(p.values) for p in space.parameters.values()])
+        facts = list(space.sites.facts.values())
+        self.layers = [layer.name for layer in facts]
+        self.positions = np.array([layer.positions for layer in facts], float)
+        self.depthwise = np.array([layer.depthwise for layer in facts])
+        self._kernel = np.array([layer.kernel[0] * layer.kernel[1] for layer in facts], float)
+        self._groups = np.array([1 if layer.depthwise else layer.groups for layer in facts], float)
+        self._base_in = np.array([layer.inputs for layer in facts], float)
+        self._base_out = np.array([layer.outputs for layer in facts], float)
+        self._widths_and_bits()
+
+    def _widths_and_bits(self) -> None:
+        """Per parameter and option: channels that every layer loses, and the bit-widths it sets."""
+        sites, place = self.space.sites, {name: k for k, name in enumerate(self.layers)}
+        most, layers = int(self.sizes.max(initial=1)), len(self.layers)
+        self._lost_in = np.zeros((len(self.names), most, layers))
+        self._lost_out = np.zeros_like(self._lost_in)
+        self._bits = np.full((len(self.names), most, layers), 32)
+        for p, parameter in enumerate(self.space.parameters.values()):
+            for o, choices in enumerate(parameter.choices):
+                for choice in choices:
+                    match choice:
+                        case Prune():
+                            site = sites.channel[choice.site]
+                            gone = site.channels - kept_channels(site.channels, choice.sparsity)
+                            for member in site.members:
+                                if member.layer in place:
+                                    lost = self._lost_in if member.side == "in" else self._lost_out
+                                    share = len(member.channels) // site.channels
+                                    lost[p, o, place[member.layer]] += gone * share
+                        case Quantize():
+                            for layer in sites.layer[choice.site].layers:
+                                width = max(choice.weight_bits, choice.activation_bits)
+                                self._bits[p, o, place[layer]] = width
+                        case _:
+                            pass
+
+    def options(self, params: Sequence[Mapping[str, Any]]) -> Options:
+        """Positions `(N, P)` of the values of N sets of parameters."""
+        rows = [
+            [parameter.option(float(one[name])) for name, parameter in self.space.parameters.items()]
+            for one in params
+        ]
+        return np.array(rows, dtype=np.int64).reshape(len(params), len(self.names))
+
+    def params(self, options: NDArray[np.int64]) -> dict[str, float]:
+        """The parameters of one row `(P,)` of positions."""
+        parameters = self.space.parameters.items()
+        return {name: p.values[int(o)] for (name, p), o in zip(parameters, options, strict=True)}
+
+    def shapes(self, options: Options) -> Shapes:
+        """Layers of N recipes."""
+        count = len(options)
+        lost_in = np.zeros((count, len(self.layers)))
+        lost_out = np.zeros_like(lost_in)
+        bits = np.full((count, len(self.layers)), 32)
+        for p in range(len(self.names)):
+            chosen = options[:, p]
+            lost_in += self._lost_in[p, chosen]
+            lost_out += self._lost_out[p, chosen]
+            bits = np.minimum(bits, self._bits[p, chosen])
+        outputs = self._base_out - lost_out
+        inputs = np.where(self.depthwise, outputs, self._base_in - lost_in)
+        filters = np.where(self.depthwise, 1.0, inputs / self._groups)
+        macs = outputs * filters * self._kernel * self.positions
+        return Shapes(inputs, outputs, macs, bits)
