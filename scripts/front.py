@@ -1,0 +1,12 @@
+"""`paredown front` without installing the command; see `search.commands.front`."""
+
+import sys
+from pathlib import Path
+
+# In the place of this folder, whose files have the names of our packages.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from search.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(["front", *sys.argv[1:]]))

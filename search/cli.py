@@ -1,0 +1,96 @@
+"""The command line: `paredown COMMAND`. One file a command in `search.commands`.
+
+Exit codes: 0, 1 where a search cannot go on, 2 for bad input (one line on stderr), 130 after Ctrl-C.
+Nothing heavy is imported before a command needs it, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from search.commands.dashboard import dashboard
+from search.commands.evaluate import evaluate
+from search.commands.finish import finish
+from search.commands.front import show_front
+from search.commands.init import init
+from search.commands.search import search
+from search.commands.train import train
+from spaces.errors import InputError
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="paredown",
+    help="Pare an object detector down: search how to prune and quantise it, measure every candidate.",
+    invoke_without_command=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("search")(search)
+app.command("front")(show_front)
+app.command("evaluate")(evaluate)
+app.command("finish")(finish)
+app.command("dashboard")(dashboard)
+app.command("init")(init)
+app.command("train")(train)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"paredown {version('paredown')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    Args:
+        arguments: of the command line without the program; those of this process if None.
+    """
+    try:
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except InputError as error:
+        return _complain(_one_line(str(error)), BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("stopped", INTERRUPTED)
+    except BrokenPipeError:  # `paredown front | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        # Usage errors: typer brings its own copy of click, so their class has no name that lasts.
+        if not hasattr(error, "format_message"):
+            raise
+        return _complain(_one_line(str(error.format_message())), BAD_INPUT)
+    return code if isinstance(code, int) else 0
+
+
+def _complain(line: str, code: int) -> int:
+    print(f"paredown: {line}", file=sys.stderr)
+    return code
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

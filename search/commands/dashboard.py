@@ -1,0 +1,57 @@
+"""`paredown dashboard`: Optuna's dashboard over the studies, on this machine only."""
+
+from __future__ import annotations
+
+import socket
+from typing import Annotated
+
+import typer
+
+from search.commands.options import DEFAULT_STORAGE, OptionalStudyName, Storage
+
+
+def dashboard(
+    storage: Storage = DEFAULT_STORAGE,
+    study: OptionalStudyName = None,
+    host: Annotated[
+        str, typer.Option("--host", help="Address to listen on; the default is reachable from here only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to listen on.")] = 8080,
+) -> int:
+    """Show all trials in a browser until Ctrl-C. Files are served of --study, or of the newest study."""
+    import optuna
+    import optuna_dashboard  # type: ignore[import-untyped]
+
+    from search.storage import open_storage
+    from search.study import load_study
+    from spaces.errors import InputError
+
+    database = open_storage(storage, create=False)
+    _check_free(host, port)
+    names = [study] if study else _newest_first(optuna.get_all_study_summaries(database))
+    if not names:
+        raise InputError("storage", None, "holds no study yet; run paredown search CONFIG first")
+    opened = load_study(names[0], url=storage)
+    print(
+        f"http://{host}:{port}/    {opened.shown_url}, files of study {opened.name}; Ctrl-C stops", flush=True
+    )
+    optuna_dashboard.run_server(database, host=host, port=port, artifact_store=opened.store)
+    return 0
+
+
+def _newest_first(summaries: list) -> list[str]:  # type: ignore[type-arg]
+    started = [s for s in summaries if s.datetime_start is not None]
+    return [s.study_name for s in sorted(started, key=lambda s: s.datetime_start, reverse=True)]
+
+
+def _check_free(host: str, port: int) -> None:
+    from spaces.errors import InputError
+
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise InputError(
+            "--port", port, f"{host} cannot listen there ({error.strerror}); try another"
+        ) from None

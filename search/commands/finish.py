@@ -1,0 +1,149 @@
+"""`paredown finish`: take one model out of a study, verified."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from search.commands.options import (
+    DEFAULT_STORAGE,
+    Checkpoint,
+    Data,
+    MaxMapDrop,
+    Seed,
+    Storage,
+    StudyName,
+    Threads,
+    config_of,
+    overrides,
+    say,
+)
+
+if TYPE_CHECKING:
+    from evaluators.bench import Bench
+    from search.study import SearchStudy
+
+TOLERANCE_AP = 0.05
+"""Engines of another build may round differently; a wrong file is off by far more."""
+
+
+def finish(
+    study: StudyName,
+    output: Annotated[Path, typer.Option("--output", help="New folder of the model.", metavar="DIR")],
+    trial: Annotated[
+        int | None,
+        typer.Option("--trial", min=0, help="Default: the fastest of the front within --max-map-drop."),
+    ] = None,
+    max_map_drop: MaxMapDrop = None,
+    storage: Storage = DEFAULT_STORAGE,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    threads: Threads = None,
+    seed: Seed = None,
+) -> int:
+    """Copy a model and its model.json to a folder, and check that it does what the study says of it.
+
+    --data and --checkpoint say where these are now, if they have moved.
+    """
+    from search.front import best_within, front_of
+    from search.study import load_study
+    from spaces.errors import InputError
+
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError("--output", str(output), "is there already; name a new folder")
+    opened = load_study(study, url=storage)
+    number = best_within(front_of(opened), max_map_drop).number if trial is None else trial
+    expected = _stored_map(opened, number)
+    bench = _bench(opened, overrides(data, checkpoint, threads=threads, seed=seed))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        how = _put_model(bench, opened, number, draft)
+        found, objects = _score(bench, draft)
+        if abs(found - expected) > TOLERANCE_AP:
+            print(
+                f"paredown: trial {number} scores {found:.2f} AP here, the study says {expected:.2f}; "
+                "nothing was written",
+                file=sys.stderr,
+            )
+            return 1
+        draft.chmod(0o755)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(draft, output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    say(f"{output}/model.onnx and model.json: trial {number} of {opened.name}, {how}")
+    say(f"verified: {bench.target.name} loads it and finds {objects} objects on select, {found:.2f} AP")
+    say(f"(the study says {expected:.2f}). model.json says how to feed it; nothing of Paredown is needed.")
+    return 0
+
+
+def _stored_map(study: SearchStudy, number: int) -> float:
+    """The mAP of a trial on select, as the study has it."""
+    from search.trials import evaluation_of
+    from spaces.errors import InputError
+
+    trials = study.optuna.get_trials(deepcopy=False)
+    evaluation = evaluation_of(trials[number]) if number < len(trials) else None
+    if evaluation is None or "map" not in evaluation.metrics:
+        raise InputError("--trial", number, f"no finished trial of study {study.name}")
+    return evaluation.metrics["map"].value
+
+
+def _bench(study: SearchStudy, changes: dict[str, object]) -> Bench:
+    """The bench of a study.
+
+    Raises:
+        InputError: its data or weights are gone, or are other ones now.
+    """
+    from evaluators.bench import Bench
+    from spaces.errors import InputError
+
+    bench = Bench(config_of(study, changes).bench)
+    stored, now = study.fingerprint, bench.fingerprint()
+    for key in ("base weights", "data select", "detector", "input size", "postprocess"):
+        if stored.get(key) != now[key]:
+            raise InputError(key, now[key], f"study {study.name} was made with {stored.get(key)}")
+    return bench
+
+
+def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> str:
+    """Copy the pair of a trial, or make it again from its stored state; says which."""
+    from evaluators.exported import CARD_FILE, MODEL_FILE
+    from spaces.apply import PLAN_FILE, STATE_FILE, rebuild
+    from spaces.errors import InputError
+    from spaces.space import bits_by_layer
+
+    source = study.trial_folder(number)
+    if (source / MODEL_FILE).is_file() and (source / CARD_FILE).is_file():
+        for name in (MODEL_FILE, CARD_FILE):
+            shutil.copyfile(source / name, folder / name)
+        return "copied"
+    if not all((source / name).is_file() for name in (PLAN_FILE, STATE_FILE)):
+        raise InputError("--trial", number, "its files are gone from the artefact folder (see keep_mb)")
+    recipe, draft = rebuild(bench.detector.build(), source)
+    draft.network.eval()
+    bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
+    return "made again from its stored weights"
+
+
+def _score(bench: Bench, folder: Path) -> tuple[float, int]:
+    """mAP on select, and the number of objects found, of the exported pair in a folder."""
+    from evaluators.accuracy import score_session
+    from evaluators.exported import MODEL_FILE, ModelCard
+
+    model = folder / MODEL_FILE
+    hint = ModelCard.beside(model).runtime.hint
+    with bench.slot.computing():
+        session = bench.target.prepare(model, bench.config.threads, hint)
+        figures, found = score_session(
+            session, bench.splits["select"], bench.select, bench.detector.preprocess
+        )
+    return figures["map"], sum(len(one.scores) for one in found.values())

@@ -1,0 +1,126 @@
+"""`paredown init`: look at a data set and write a configuration for it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from search.commands.hints import command
+from search.commands.options import say
+
+if TYPE_CHECKING:
+    from evaluators.datasets.split import DetectionSplit
+
+_TEMPLATE = """\
+# {model} on {root}, written by paredown init.
+# {categories} categories: {names}
+
+model: {model}
+size: [{height}, {width}]        # of the network's input, height and width in pixels
+{checkpoint}
+
+data:
+  root: {root}
+  format: {format}
+  fit: {fit}{select}
+  report: {report}
+
+target: openvino         # or onnxruntime: the engine that is scored and timed
+threads: 1               # of each worker, and of the engine
+
+search:
+  trials: 40             # the first one is the base
+  workers: {workers}             # candidates at a time; memory for each: about 1.5 GB
+  sampler: front         # or tpe, nsga2, nsga3, gp, random, module:Class
+
+finetune:
+  epochs: 3              # of each candidate; more recovers more and takes longer
+  mirror: true           # false where left and right carry a meaning, as in text
+
+problem:
+  limits:
+    max_map_drop: 5.0    # AP points; a search may look further than you will go
+"""
+
+
+def init(
+    model: Annotated[str, typer.Option("--model", help="Detector, such as yolox_nano.", metavar="NAME")],
+    data: Annotated[Path, typer.Option("--data", help="Folder of the data set.", metavar="DIR")],
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Weights of the base model.", metavar="FILE")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Default: MODEL_DATA.yaml here.", metavar="FILE")
+    ] = None,
+) -> int:
+    """Look at a data set (COCO or YOLO layout) and write a configuration that searches on it."""
+    from evaluators.datasets.base import DataConfig, load_splits
+    from evaluators.datasets.coco import annotation_files
+    from spaces.detectors.registry import make_detector
+    from spaces.detectors.weights import load_weights
+    from spaces.errors import InputError
+
+    root = data.expanduser().absolute()
+    file = output or Path(f"{_slug(model)}_{_slug(root.name)}.yaml")
+    if file.exists():
+        raise InputError("--output", str(file), "is there already; name another file")
+    if not file.parent.is_dir():
+        raise InputError("--output", str(file), "its folder is missing")
+    splits = load_splits(DataConfig(root=root))
+    for role, split in splits.items():
+        say(f"{role}: {len(split.images)} images, {len(split.annotations)} boxes ({split.name})")
+    fit = splits["fit"]
+    detector = make_detector(model, len(fit.categories))
+    if checkpoint is not None:
+        checkpoint = checkpoint.expanduser().absolute()
+        load_weights(detector.build(), checkpoint)
+    names = [category.name for category in fit.categories]
+    divided = splits["select"].source == fit.source and "[" in fit.name
+    height, width = detector.preprocess.size
+    text = _TEMPLATE.format(
+        model=model,
+        root=_quoted(str(root)),
+        categories=len(names),
+        names=", ".join(" ".join(name.split()) for name in names[:12]) + (", ..." if len(names) > 12 else ""),
+        height=height,
+        width=width,
+        checkpoint="# checkpoint: FILE       # or --checkpoint FILE: weights trained on these categories"
+        if checkpoint is None
+        else f"checkpoint: {_quoted(str(checkpoint))}",
+        format="coco" if annotation_files(root) else "yolo",
+        fit=_described(fit) if not divided else _quoted(fit.name.split("[")[0]),
+        select=f"\n  select_fraction: 0.2   # of fit: {len(splits['select'].images)} images, to choose by"
+        if divided
+        else f"\n  select: {_described(splits['select'])}",
+        report=f"{_described(splits['report'])}, only for the final figures",
+        workers=_workers(),
+    )
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, file)
+    say(f"wrote {file}; search with")
+    say(f"  {command('search', str(file), *(['--checkpoint', 'FILE'] if checkpoint is None else []))}")
+    return 0
+
+
+def _described(split: DetectionSplit) -> str:
+    return f"{_quoted(split.name)}    # {len(split.images)} images"
+
+
+def _quoted(text: str) -> str:
+    """As YAML, quoted only where it must be."""
+    import yaml
+
+    return str(yaml.safe_dump(text, width=10_000)).split("\n")[0]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_") or "data"
+
+
+def _workers() -> int:
+    return max(1, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))

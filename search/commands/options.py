@@ -1,0 +1,88 @@
+"""Options that several commands share, and how they change a configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:  # torch and Ray are behind these; `paredown --help` must not wait for them
+    from search.config import SearchConfig
+    from search.study import SearchStudy
+
+DEFAULT_STORAGE = "sqlite:///runs/paredown.db"
+CONFIG = "config"
+"""Study attribute: the configuration that the study was last opened with."""
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the search.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="Folder of the data set, COCO or YOLO layout.", metavar="DIR")
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Weights of the base model.", metavar="FILE")
+]
+Target = Annotated[
+    str | None, typer.Option("--target", help="Engine: openvino or onnxruntime.", metavar="NAME")
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each worker and engine.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]
+Storage = Annotated[
+    str, typer.Option("--storage", help="Database of the studies, a SQLAlchemy URL.", metavar="URL")
+]
+StudyName = Annotated[str, typer.Option("--study", help="Name of the study.", metavar="NAME")]
+OptionalStudyName = Annotated[
+    str | None,
+    typer.Option("--study", help="Name of the study; default: the config's.", metavar="NAME"),
+]
+MaxMapDrop = Annotated[
+    float | None, typer.Option("--max-map-drop", min=0.0, help="Limit: AP points that may be lost.")
+]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--limit", help="Further limit such as 'size_mb<=2'; may be repeated.", metavar="TEXT"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def overrides(
+    data: Path | None = None,
+    checkpoint: Path | None = None,
+    target: str | None = None,
+    threads: int | None = None,
+    seed: int | None = None,
+    max_map_drop: float | None = None,
+    limits: list[str] | None = None,
+) -> dict[str, Any]:
+    """The options as overrides of `search.config.load_config`."""
+    from search.config import read_limits
+
+    changes: dict[str, Any] = {
+        "data.root": None if data is None else str(data),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "target": target,
+        "threads": threads,
+        "seed": seed,
+        "problem.limits.map_drop": None if max_map_drop is None else ["<=", max_map_drop],
+    }
+    return changes | read_limits(limits or [])
+
+
+def config_of(study: SearchStudy, changes: dict[str, Any]) -> SearchConfig:
+    """The configuration that a study was searched with, so that its bench can be built again.
+
+    Raises:
+        InputError: the study holds none, or a change does not fit.
+    """
+    from search.config import changed_config
+    from spaces.errors import InputError
+
+    document = study.optuna.user_attrs.get(CONFIG)
+    if not isinstance(document, dict):
+        raise InputError("study", study.name, "holds no configuration; it was not made by paredown search")
+    return changed_config(document, changes, f"study {study.name}")
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)

@@ -1,0 +1,207 @@
+"""`paredown search`: run a search, or go on with it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from search.commands.hints import command, of_study, same_again
+from search.commands.options import (
+    CONFIG,
+    DEFAULT_STORAGE,
+    Checkpoint,
+    ConfigFile,
+    Data,
+    Limits,
+    MaxMapDrop,
+    OptionalStudyName,
+    Seed,
+    Storage,
+    Target,
+    Threads,
+    overrides,
+    say,
+)
+
+if TYPE_CHECKING:
+    from evaluators.bench import Bench
+    from search.config import SearchConfig
+    from search.parts import SearchParts
+    from search.study import SearchStudy
+
+
+def search(
+    config: ConfigFile,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    trials: Annotated[
+        int | None,
+        typer.Option("--trials", min=1, help="Trials of the study, those of earlier runs included."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Candidates evaluated at a time.")
+    ] = None,
+    target: Target = None,
+    sampler: Annotated[
+        str | None, typer.Option("--sampler", help="front, tpe, nsga2, random, ...", metavar="NAME")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", min=0, help="Fine-tuning of each candidate, passes over fit.")
+    ] = None,
+    max_map_drop: MaxMapDrop = None,
+    limit: Limits = None,
+    storage: Storage = DEFAULT_STORAGE,
+    study: OptionalStudyName = None,
+    threads: Threads = None,
+    seed: Seed = None,
+) -> int:
+    """Search the trade-off of a detector; called again, go on with the same study.
+
+    The first trial is the base. Ctrl-C stops cleanly; what was finished is in the study.
+    """
+    from evaluators.pipeline import worker_factory
+    from search.config import load_config
+    from search.loop import run_search
+    from search.progress import Progress, duration
+    from search.source import BaseFailedError
+    from search.strategy import sampler_named
+    from search.workers import Pool, WorkersUnusableError
+
+    changes = overrides(data, checkpoint, target, threads, seed, max_map_drop, limit) | {
+        "search.trials": trials,
+        "search.workers": workers,
+        "search.sampler": sampler,
+        "finetune.epochs": epochs,
+        "name": study,
+    }
+    settings = load_config(config, changes)
+    if settings.search.sampler != "front":
+        sampler_named(settings.search.sampler)  # before anything is made
+    bench = prepared_bench(settings)
+    opened = open_for(settings, bench, storage)
+    say(f"study {opened.name} in {opened.shown_url}")
+    total = settings.search.trials
+    try:
+        outcome = run_search(
+            opened,
+            _parts(settings, bench, opened),
+            worker_factory(settings.bench, opened.artifacts),
+            trials=total,
+            pool=Pool(workers=settings.search.workers, threads=settings.threads),
+            progress=Progress(total),
+        )
+    except (BaseFailedError, WorkersUnusableError) as error:
+        print(f"paredown: {error}", file=sys.stderr)
+        return 1
+    if outcome.stopped:
+        say(f"stopped with {outcome.finished} of {total} trials, which are all kept. Go on with")
+        say(f"  {same_again('search')}")
+        return 130
+    failed = f", {outcome.failed} of them failed" if outcome.failed else ""
+    say(f"{outcome.finished} trials{failed}, {duration(outcome.seconds)}")
+    return _finale(settings, bench, opened, storage)
+
+
+def prepared_bench(settings: SearchConfig) -> Bench:
+    """The bench with its images letterboxed, saying what takes time.
+
+    Raises:
+        InputError: anything of the configuration, the data or the weights that cannot be used.
+    """
+    from evaluators.bench import Bench
+    from evaluators.datasets.letterbox import LetterboxedImages
+
+    say(f"reading the data of {settings.name}")
+    bench = Bench(settings.bench)
+    for role in ("fit", "select"):
+        split = bench.splits[role]
+        say(f"{role}: {len(split.images)} images of {split.source}")
+        look = bench.detector.preprocess
+        LetterboxedImages.build(split, look.size, look.pad_value, settings.cache, _images_done)
+    return bench
+
+
+def open_for(settings: SearchConfig, bench: Bench, storage: str) -> SearchStudy:
+    """The study of a configuration, which it keeps.
+
+    Raises:
+        InputError: as `search.study.open_study`.
+    """
+    from search.study import open_study
+
+    problem = settings.problem
+    objectives = dict(zip(problem.objectives, problem.directions, strict=True))
+    study = open_study(settings.name, bench.fingerprint(), objectives, url=storage)
+    study.optuna.set_user_attr(CONFIG, settings.model_dump(mode="json"))
+    return study
+
+
+def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchParts:
+    from search.judge import ProblemJudge
+    from search.parts import SearchParts
+    from search.retention import retain
+    from search.strategy import Strategy
+
+    def after_trial(study: SearchStudy, _number: int) -> None:
+        retain(study, settings.keep_mb)
+
+    strategy = Strategy(
+        bench,
+        study,
+        settings.problem,
+        sampler=settings.search.sampler,
+        seeds=settings.search.seeds,
+        trials=settings.search.trials,
+    )
+    return SearchParts(
+        distributions=bench.space.distributions(),
+        to_recipe=bench.space.recipe,
+        base_params=bench.space.identity_params(),
+        judge=ProblemJudge(study, settings.problem),
+        sampler=strategy.sampler,
+        seed=settings.seed,
+        planner=strategy.planner,
+        on_prepared=strategy.on_prepared,
+        after_trial=after_trial,
+    )
+
+
+def _finale(settings: SearchConfig, bench: Bench, study: SearchStudy, storage: str) -> int:
+    """Measure the front again, unless that was done, and show it with what to do next."""
+    from search.commands.front import print_front
+    from search.final import is_measured, measure_front
+    from search.front import best_within, front_of
+    from spaces.errors import InputError
+
+    try:
+        if not is_measured(study):
+            measure_front(bench, study, say, settings.seed)
+    except KeyboardInterrupt:
+        say("stopped before the front was measured again; do it later with")
+        say(f"  {of_study('front', study.name, storage, '--remeasure')}")
+        return 130
+    front = front_of(study)
+    print_front(study, front, Path("runs") / study.name)
+    try:
+        _, drop = settings.problem.limits.get("map_drop", ("<=", 1.0))
+        number = best_within(front, drop).number
+    except InputError:  # nothing loses so little
+        number = front.rows[0].number
+    place = [] if storage == DEFAULT_STORAGE else ["--storage", storage]
+    take = ("--trial", str(number), "--output", f"{study.name}-{number}")
+    say("")
+    say("Look at every trial in a browser:")
+    say(f"  {command('dashboard', *place)}")
+    say("Search on:")
+    say(f"  {same_again('search', trials=2 * settings.search.trials)}")
+    say(f"Take a model, here trial {number}:")
+    say(f"  {of_study('finish', study.name, storage, *take)}")
+    return 0
+
+
+def _images_done(done: int, total: int) -> None:
+    if done % 500 == 0 and done < total:
+        say(f"  {done}/{total} images")

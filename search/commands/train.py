@@ -1,0 +1,39 @@
+"""`paredown train`: train a base model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.commands.options import Seed, say
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the training.")],
+    output: Annotated[
+        Path, typer.Option("--output", help="Weights to write, .safetensors; figures go beside them.")
+    ],
+    folder: Annotated[Path, typer.Option("--folder", help="For the cache and the checkpoint.")] = Path(
+        "runs/baselines"
+    ),
+    start: Annotated[Path | None, typer.Option("--start", help="Weights to begin with.")] = None,
+    score_every: Annotated[
+        int, typer.Option("--score-every", min=0, help="Epochs between scores on select, 0 for none.")
+    ] = 10,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the training.")] = 1,
+    seed: Seed = None,
+) -> int:
+    """Train a base model on fit; called again, go on where it stopped."""
+    import torch
+
+    from evaluators.baseline import BaselineConfig, train_baseline
+
+    torch.set_num_threads(threads)
+    settings = BaselineConfig.read(config)
+    if seed is not None:
+        plan = settings.plan.model_copy(update={"seed": seed})
+        settings = settings.model_copy(update={"plan": plan})
+    train_baseline(settings, output, folder, start, score_every, say)
+    return 0

@@ -1,0 +1,203 @@
+"""A search as a YAML file: the bench, the problem, and how long to search."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from evaluators.bench import BenchConfig
+from evaluators.ranking import Problem
+from spaces.errors import InputError
+
+_LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
+_PATHS = ("checkpoint", "data.root", "data.fit", "data.select", "data.report")
+"""Looked for beside the configuration first, then in the working directory."""
+
+
+class SearchSettings(BaseModel):
+    """How a search is run.
+
+    Attributes:
+        trials: of the study, in all runs together; the base is the first.
+        workers: processes that evaluate candidates, each with the bench's number of threads.
+        sampler: see `search.strategy`.
+        seeds: begin with solutions of the solver over measured sensitivities.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trials: int = Field(default=40, ge=1)
+    workers: int = Field(default=1, ge=1)
+    sampler: str = "front"
+    seeds: bool = True
+
+
+class SearchConfig(BenchConfig):
+    """Everything that a configuration file may say; the bench's fields are at its top level.
+
+    Attributes:
+        name: of the study; that of the file where it is not given.
+        search: how long, and with what.
+        problem: objectives and limits.
+        keep_mb: limit of the model files on disk, MB; the front and the base are always kept.
+    """
+
+    name: str
+    search: SearchSettings = SearchSettings()
+    problem: Problem = Problem()
+    keep_mb: float = Field(default=2000.0, gt=0.0)
+
+    @property
+    def bench(self) -> BenchConfig:
+        """What workers need of it."""
+        return BenchConfig(**{name: getattr(self, name) for name in BenchConfig.model_fields})
+
+
+def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> SearchConfig:
+    """Read a YAML file.
+
+    Args:
+        path: of the file. Relative paths in it are looked for beside it, then in the working directory.
+        overrides: values by dotted field, such as `{"search.trials": 100}`; those that are None are left.
+
+    Raises:
+        InputError: no such file, no YAML, or the first field that is wrong.
+    """
+    document = _read(path)
+    for field in _PATHS:
+        _resolve(document, field, path.parent)
+    document.setdefault("name", path.stem)
+    changes = dict(overrides or {})
+    if document.get("checkpoint", changes.get("checkpoint")) is None:
+        raise InputError(f"{path}: checkpoint", None, "name the weights file here or with --checkpoint FILE")
+    if not document.get("data"):
+        changes = {"data": {}, **changes}
+    return changed_config(document, changes, str(path))
+
+
+def changed_config(document: Mapping[str, Any], overrides: Mapping[str, Any], source: str) -> SearchConfig:
+    """A configuration from plain data with overrides as in `load_config`.
+
+    Raises:
+        InputError: as `parse_config`.
+    """
+    changed = dict(document)
+    for field, value in overrides.items():
+        if value is not None:
+            _put(changed, field, value)
+    return parse_config(changed, source)
+
+
+def parse_config(document: Mapping[str, Any], source: str) -> SearchConfig:
+    """A configuration from plain data, its paths made absolute.
+
+    Raises:
+        InputError: the first field that is wrong, as `source: field`.
+    """
+    try:
+        config = SearchConfig.model_validate(document)
+    except ValidationError as error:
+        raise _as_input_error(error, source) from None
+    data = config.data.model_copy(update={"root": _absolute(config.data.root)})
+    return config.model_copy(
+        update={
+            "data": data,
+            "checkpoint": _absolute(config.checkpoint),
+            "cache": _absolute(config.cache),
+        }
+    )
+
+
+def read_limits(limits: list[str]) -> dict[str, Any]:
+    """Command line limits such as `latency_ms<=8` as overrides of a configuration.
+
+    Raises:
+        InputError: one that is not written like this; names and bounds are checked by `Problem`.
+    """
+    overrides: dict[str, Any] = {}
+    for text in limits:
+        match = _LIMIT.fullmatch(text.strip())
+        try:
+            name, operator, bound = match.groups() if match else ("", "", "")
+            overrides[f"problem.limits.{name}"] = [operator, float(bound)]
+        except ValueError:
+            raise InputError("--limit", text, "write it as 'latency_ms<=8' or 'map>=30'") from None
+    return overrides
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError("config", str(path), f"cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError("config", str(path), "is no text file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise InputError("config", str(path), f"is no YAML{where}") from None
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise InputError("config", str(path), "must hold fields, such as 'model: yolox_nano'")
+    return document
+
+
+def _resolve(document: dict[str, Any], field: str, folder: Path) -> None:
+    *parents, last = field.split(".")
+    place: Any = document
+    for key in parents:
+        place = place.get(key) if isinstance(place, dict) else None
+    value = place.get(last) if isinstance(place, dict) else None
+    if not isinstance(value, str):
+        return
+    beside = folder / Path(value).expanduser()
+    # Names of annotations (`fit: train`) are no paths; a folder that happens to be called so does not count.
+    if beside.exists() and (last in ("checkpoint", "root") or beside.is_file()):
+        place[last] = str(beside)
+
+
+def _put(document: dict[str, Any], field: str, value: Any) -> None:
+    *parents, last = field.split(".")
+    place = document
+    for key in parents:
+        inner = place.get(key)
+        place[key] = dict(inner) if isinstance(inner, Mapping) else {}
+        place = place[key]
+    if parents == ["problem", "limits"]:
+        for spelling in (f"max_{last}", f"min_{last}"):
+            place.pop(spelling, None)
+    place[last] = value
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
+
+
+def _as_input_error(error: ValidationError, source: str) -> InputError:
+    first = error.errors()[0]
+    location = tuple(str(part) for part in first["loc"])
+    field = f"{source}: {'.'.join(location)}" if location else source
+    value = None if isinstance(first["input"], Mapping) else first["input"]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, InputError):
+        return InputError(f"{source}: {cause.field}", cause.value, cause.remedy)
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(_known_fields(location[:-1]))
+        return InputError(field, None, f"no such field; there are: {known}")
+    if first["type"] == "missing":
+        return InputError(field, None, "is missing")
+    return InputError(field, value, first["msg"].replace("Input should be", "must be"))
+
+
+def _known_fields(location: tuple[str, ...]) -> list[str]:
+    model: type[BaseModel] = SearchConfig
+    for name in location:
+        inner = model.model_fields[name].annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)

@@ -1,0 +1,228 @@
+"""The front of a study: its rows from what the study stores, and where they are written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from optuna.trial import FrozenTrial, TrialState
+
+from evaluators.evaluation import Evaluation
+from evaluators.ranking import Problem, front
+from search.judge import gain_of_training_further, reference_of
+from search.report import FrontRow, TrialPoint, rows_to_json
+from search.retention import base_number, front_numbers
+from search.study import SearchStudy
+from search.trials import evaluation_of, is_candidate, recipe_of
+from spaces.errors import InputError
+
+FINAL = "front measured again"
+"""Study attribute: the models of the front in one batch and on report; see `search.final`."""
+
+Role = Literal["select", "report"]
+
+
+@dataclass(frozen=True)
+class Front:
+    """A front ready to be shown.
+
+    Attributes:
+        base: the unchanged model.
+        rows: the models of the front, the most accurate first; the base may be among them.
+        trials: all finished candidates.
+        losses_against: mAP that losses count against, above the base's where it had not converged.
+        remarks: lines that a reader of the figures must know.
+    """
+
+    base: FrontRow
+    rows: list[FrontRow]
+    trials: list[TrialPoint]
+    losses_against: float
+    remarks: list[str] = field(default_factory=list)
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """The rows as JSON objects, with the interval's ends and the loss of mAP beside the rest."""
+        listed = rows_to_json(self.rows)
+        for item, row in zip(listed, self.rows, strict=True):
+            item["ratio_low"], item["ratio_high"] = row.interval or (None, None)
+            item["map_drop"] = self.losses_against - row.map
+        return listed
+
+
+def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "select") -> Front:
+    """The front of what the study has.
+
+    Args:
+        study: with a complete base.
+        problem: its limits replace those that the trials were told with; None leaves them.
+        role: whose mAP the rows show. On `report` only what was measured there has one, and the rows are
+            still those that were chosen on select.
+
+    Raises:
+        InputError: the base is not complete yet, or nothing was measured on report.
+    """
+    trials = study.optuna.get_trials(deepcopy=False)
+    number = base_number(study)
+    if number is None:
+        raise InputError("study", study.name, "has no base yet; let the search run until its first trial")
+    evaluations = {t.number: e for t in trials if is_candidate(t) and (e := evaluation_of(t)) is not None}
+    final: dict[str, Any] = study.optuna.user_attrs.get(FINAL, {})
+    if role == "report" and not final:
+        raise InputError("report", None, "nothing was measured on it yet; use paredown front --remeasure")
+    base_evaluation = evaluations[number]
+    reference = reference_of(base_evaluation)
+    chosen = (
+        front_numbers(study) if problem is None else _front_within(study, problem, evaluations, reference)
+    )
+    rows = {n: _row(study, trials[n], evaluations[n], final, role, n == number) for n in {*chosen, number}}
+    remarks = _remarks(base_evaluation, role, chosen, final)
+    listed = sorted((rows[n] for n in chosen if role == "select" or _on_report(n, final)), key=_best_first)
+    if role == "select":
+        beaten = _beaten(study, listed, final)
+        listed = [row for row in listed if row.number not in beaten]
+        if beaten:
+            remarks.append(
+                "left out, because another one proved at least as fast and as accurate when they were "
+                f"measured again: trial {', '.join(map(str, sorted(beaten)))}"
+            )
+    gain = gain_of_training_further(base_evaluation) if role == "select" else 0.0
+    points = [
+        TrialPoint(n, e.metrics["map"].value, e.metrics["latency_ms"].value) for n, e in evaluations.items()
+    ]
+    return Front(rows[number], listed, points, rows[number].map + gain, remarks)
+
+
+def write_pictures(front_: Front, folder: Path, title: str, subtitle: str) -> tuple[Path, Path]:
+    """Write `front.png` and `front.html` into a folder, which is made; returns their paths."""
+    from search.figure_page import front_html
+    from search.figures import front_png
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError("output", str(folder), f"cannot be made: {error.strerror}") from None
+    png, page = folder / "front.png", folder / "front.html"
+    # Trials are measured on select; beside figures of report they would compare apples with pears.
+    trials = front_.trials if all(row.split == front_.base.split for row in front_.rows) else []
+    front_png(png, front_.rows, front_.base, trials=trials, title=title, subtitle=subtitle)
+    front_html(page, front_.rows, front_.base, trials=trials, title=title, subtitle=subtitle)
+    return png, page
+
+
+def subtitle_of(study: SearchStudy) -> str:
+    """What the figures of a study were measured with, in one line."""
+    said = study.fingerprint
+    parts = [
+        f"{said.get('detector')} at {said.get('input size')}",
+        str(said.get("target engine")),
+        f"{said.get('target threads')} thread(s)",
+        str(said.get("target cpu")),
+        time.strftime("%Y-%m-%d"),
+    ]
+    return ", ".join(part for part in parts if "None" not in part)
+
+
+def best_within(front_: Front, max_map_drop: float | None) -> FrontRow:
+    """The fastest row of a front that loses at most so much mAP; without a bound the default of 1.0.
+
+    Raises:
+        InputError: no row keeps the bound.
+    """
+    bound = 1.0 if max_map_drop is None else max_map_drop
+    kept = [row for row in front_.rows if front_.losses_against - row.map <= bound + 1e-9]
+    if not kept:
+        raise InputError(
+            "--max-map-drop", bound, "no model of the front loses so little; name one by --trial"
+        )
+    return min(kept, key=lambda row: row.latency_ratio)
+
+
+def _best_first(row: FrontRow) -> tuple[float, float]:
+    return -row.map, row.latency_ratio
+
+
+def _front_within(
+    study: SearchStudy, problem: Problem, evaluations: dict[int, Evaluation], base: Evaluation
+) -> set[int]:
+    """The front of the trials that keep the limits of a problem, by the study's own objectives."""
+    kept = [n for n, evaluation in evaluations.items() if problem.feasible(evaluation, base)]
+    signs = [-1.0 if direction == "maximize" else 1.0 for direction in study.objectives.values()]
+    values = {t.number: t.values for t in study.optuna.get_trials(False, states=(TrialState.COMPLETE,))}
+    losses = [[s * v for s, v in zip(signs, values[n], strict=True)] for n in kept]
+    return {kept[i] for i in front(losses)}
+
+
+def _on_report(number: int, final: dict[str, Any]) -> bool:
+    return str(number) in final.get("models", {})
+
+
+def _row(
+    study: SearchStudy,
+    trial: FrozenTrial,
+    evaluation: Evaluation,
+    final: dict[str, Any],
+    role: Role,
+    is_base: bool,
+) -> FrontRow:
+    metrics, recipe = evaluation.metrics, recipe_of(trial)
+    assert recipe is not None
+    artifact = study.trial_folder(trial.number) / Path(evaluation.artifact or "model.onnx").name
+    ratio = metrics["latency_ratio"]
+    row = FrontRow(
+        number=trial.number,
+        map=metrics["map"].value,
+        split=evaluation.split,
+        latency_ms=metrics["latency_ms"].value,
+        latency_ratio=ratio.value,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
+        size_mb=metrics["size_mb"].value,
+        params=round(metrics["params"].value),
+        artifact=str(artifact) if artifact.is_file() else None,
+        recipe=recipe.model_dump(mode="json"),
+        is_base=is_base,
+    )
+    again = final.get("models", {}).get(str(trial.number))
+    if again is None:
+        return row
+    reference_ms = row.latency_ms / row.latency_ratio
+    row = replace(
+        row,
+        latency_ms=again["ratio"] * reference_ms,
+        latency_ratio=again["ratio"],
+        ratio_low=again["low"],
+        ratio_high=again["high"],
+    )
+    if role == "select":
+        return row
+    _, low, high = again["map_difference"]
+    note = "" if is_base else f"mAP to base {low:+.1f} to {high:+.1f} (95 %)"
+    return replace(row, map=again["map"], split=final["split"], note=note)
+
+
+def _beaten(study: SearchStudy, rows: Sequence[FrontRow], final: dict[str, Any]) -> set[int]:
+    """Numbers of the rows that another one dominates by the ratios that were measured together."""
+    if not set(study.objectives) <= {"map", "latency_ms", "latency_ratio"}:
+        return set()  # another objective may be what they are on the front for
+    again = [row for row in rows if _on_report(row.number, final)]
+    kept = set(front([(row.latency_ratio, -row.map) for row in again]))
+    return {row.number for i, row in enumerate(again) if i not in kept}
+
+
+def _remarks(base: Evaluation, role: Role, chosen: set[int], final: dict[str, Any]) -> list[str]:
+    remarks = []
+    gain = gain_of_training_further(base)
+    if gain:
+        remarks.append(
+            f"the base was not converged: +{gain:.1f} AP with a candidate's budget; losses are against that"
+        )
+    missing = sorted(n for n in chosen if not _on_report(n, final))
+    if final and missing:
+        what = "are not shown" if role == "report" else "show their own measurement"
+        remarks.append(
+            f"not measured again together with the rest: trial {', '.join(map(str, missing))}; these {what}"
+        )
+    return remarks
