@@ -24,7 +24,8 @@ class FineTunePlan(BaseModel):
     Attributes:
         epochs: passes over fit; 0 only measures the BatchNorm statistics of the pruned network anew.
         batch_size: images a step.
-        learning_rate: of AdamW, at its highest: a short rise, then half a cosine to 0.
+        learning_rate: step over the size of a tensor's weights, at its highest: a short rise, then half a
+            cosine to 0.
         task_weight, distill_weight: shares of the two losses; 0 leaves one out.
         mirror: half of the batches are mirrored left to right. Turn it off where left and right carry a
             meaning, as in text.
@@ -66,20 +67,25 @@ def fine_tune(
 ) -> Iterator[Epoch]:
     """Train `network` in place, yielding after each epoch.
 
+    Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) takes steps relative to the weights' own size:
+    trained detectors differ by orders of magnitude there, and a rate that lets one recover wrecks
+    another. BatchNorm statistics are measured anew first and then kept, for batches are small.
+
     Every step is taken inside `slot.computing()`, so that measurements on this machine find it quiet.
 
     Raises:
         DivergedError: the loss is no longer finite.
     """
-    if plan.epochs == 0:
-        with slot.computing():
-            recalibrate_norms(network, detector, images, plan.batch_size)
-        return
+    with slot.computing():
+        recalibrate_norms(network, detector, images, plan.batch_size)
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
     network.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=plan.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.Adafactor(network.parameters(), lr=plan.learning_rate, weight_decay=0.0)
     labels = [images.labels(k) for k in range(len(images))]
     batch_size = min(plan.batch_size, len(images))
     steps = len(images) // batch_size
