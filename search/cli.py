@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from search.commands.benchmark import benchmark
 from search.commands.dashboard import dashboard
 from search.commands.evaluate import evaluate
 from search.commands.finish import finish
@@ -40,6 +41,7 @@ app.command("finish")(finish)
 app.command("dashboard")(dashboard)
 app.command("init")(init)
 app.command("train")(train)
+app.add_typer(benchmark, name="benchmark")
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,73 @@
+"""`paredown benchmark`: published comparisons, each reproducible with one command."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.commands.options import (
+    DEFAULT_STORAGE,
+    Checkpoint,
+    Data,
+    Storage,
+    StudyName,
+    config_of,
+    overrides,
+    say,
+)
+
+RESULTS = Path("scripts/results")
+
+benchmark = typer.Typer(help="Reproduce the published comparisons.", rich_markup_mode=None)
+
+
+@benchmark.callback()
+def _group() -> None:
+    """Reproduce the published comparisons."""
+
+
+@benchmark.command("peers")
+def peers(
+    study: StudyName,
+    storage: Storage = DEFAULT_STORAGE,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="Where mAP is taken; may be repeated.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")] = RESULTS,
+) -> int:
+    """The front of a study beside OpenVINO and NNCF on the same base, timed in one run."""
+    from evaluators.bench import Bench
+    from evaluators.exported import MODEL_FILE, ModelCard
+    from evaluators.targets.openvino_cpu import OpenVinoSession
+    from search.comparison import compare, facts_of, write_report
+    from search.peers import openvino_peers
+    from search.retention import base_number, front_numbers
+    from search.study import load_study
+    from spaces.errors import InputError
+
+    opened = load_study(study, url=storage)
+    bench = Bench(config_of(opened, overrides(data, checkpoint)).bench)
+    base = base_number(opened)
+    if base is None:
+        raise InputError("study", study, "has no base yet; let the search run until its first trial")
+    threads = bench.config.threads
+    models = {}
+    for peer in openvino_peers(bench, opened.trial_folder(base) / MODEL_FILE, opened.artifacts / "peers"):
+        models[peer.name] = (OpenVinoSession(peer.model, threads, peer.hint), peer.model)
+    for number in sorted(front_numbers(opened) - {base}):
+        file = opened.trial_folder(number) / MODEL_FILE
+        if file.is_file():
+            session = OpenVinoSession(file, threads, ModelCard.beside(file).runtime.hint)
+            models[f"trial {number}"] = (session, file)
+    rows = compare(bench, models, "OpenVINO f32", split or ["select", "report"], say)
+    report = output / f"peers_{study}.md"
+    facts = facts_of(bench, shlex.join(["paredown", *sys.argv[1:]]))
+    write_report(report, f"Front of {study} and its peers", rows, "OpenVINO bf16", facts)
+    say(report.read_text())
+    return 0

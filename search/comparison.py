@@ -1,0 +1,137 @@
+"""Front and peers measured together: the same images, the same protocol, one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluators.accuracy import map_difference_interval, score_session
+from evaluators.bench import Bench
+from evaluators.latency import measure_many
+from evaluators.targets.base import Session
+
+ROUNDS = (60, 240)
+SECONDS_A_MODEL = 6.0
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model's figures beside those of the others.
+
+    Attributes:
+        name: of the model.
+        size_mb: of its file or files.
+        map, map_50: on each split, AP in 0..100, by the split's name.
+        difference: to the base on each split, with a 95 % interval: (value, low, high).
+        ratio: latency over the base's, (value, low, high).
+    """
+
+    name: str
+    size_mb: float
+    map: Mapping[str, float]
+    map_50: Mapping[str, float]
+    difference: Mapping[str, tuple[float, float, float]]
+    ratio: tuple[float, float, float]
+
+
+def compare(
+    bench: Bench,
+    models: Mapping[str, tuple[Session, Path]],
+    base: str,
+    splits: Sequence[str],
+    say: Callable[[str], None],
+) -> list[Compared]:
+    """Time all models in one batch while the machine is quiet, and score them on the splits.
+
+    Args:
+        models: session and file by name; `base` is one of the names, and what ratios refer to.
+        splits: roles or names of annotations files.
+        say: takes a line at a time.
+    """
+    say(f"timing {len(models)} models together")
+    sessions = {name: session for name, (session, _) in models.items()}
+    with bench.slot.quiet():
+        paired = measure_many(
+            {name: session for name, session in sessions.items() if name != base},
+            sessions[base],
+            bench.timing_inputs,
+            threads=bench.config.threads,
+            min_rounds=ROUNDS[0],
+            max_rounds=ROUNDS[1],
+            target_spread=0.01,
+            time_limit_s=SECONDS_A_MODEL * len(models),
+        )
+    figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
+    differences: dict[str, dict[str, tuple[float, float, float]]] = {name: {} for name in models}
+    for split_name in splits:
+        split = bench.split(split_name)
+        say(f"scoring them on {split_name} ({len(split.images)} images)")
+        images, found = bench.images(split), {}
+        for name, session in sessions.items():
+            figures[name][split_name], found[name] = score_session(
+                session, split, images, bench.detector.preprocess
+            )
+        for name in models:
+            differences[name][split_name] = map_difference_interval(split, found[name], found[base])
+    return [
+        Compared(
+            name,
+            _megabytes(file),
+            {s: figures[name][s]["map"] for s in splits},
+            {s: figures[name][s]["map_50"] for s in splits},
+            differences[name],
+            (paired[name].ratio, paired[name].low, paired[name].high) if name in paired else (1.0, 1.0, 1.0),
+        )
+        for name, (_, file) in models.items()
+    ]
+
+
+def _megabytes(file: Path) -> float:
+    weights = file.with_suffix(".bin")
+    return (file.stat().st_size + (weights.stat().st_size if weights.exists() else 0)) / 1e6
+
+
+def write_report(
+    file: Path, title: str, rows: Sequence[Compared], reference: str, facts: Mapping[str, Any]
+) -> None:
+    """Write a comparison as Markdown, and as JSON beside it.
+
+    Args:
+        file: `.md`.
+        reference: the row that the last column's speed refers to, such as the fastest peer.
+        facts: hardware, versions, command, date.
+    """
+    splits = list(rows[0].map)
+    against = next(row for row in rows if row.name == reference)
+    head = ["model", *[f"AP {s}" for s in splits], *[f"difference {s}" for s in splits]]
+    head += ["latency / base", f"speed-up over {reference}", "MB"]
+    lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        cells = [row.name, *[f"{row.map[s]:.2f}" for s in splits]]
+        cells += ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference[s]) for s in splits]
+        cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*row.ratio)]
+        cells += [f"{against.ratio[0] / row.ratio[0]:.2f}x", f"{row.size_mb:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *[f"- {key}: {value}" for key, value in facts.items()], ""]
+    _write(file, "\n".join(lines))
+    content = {"title": title, "facts": dict(facts), "models": [asdict(row) for row in rows]}
+    _write(file.with_suffix(".json"), json.dumps(content, indent=1))
+
+
+def facts_of(bench: Bench, command: str) -> dict[str, str]:
+    """Hardware, versions, command and date of a report."""
+    signature = bench.target.signature(bench.config.threads)
+    shown = {str(key): str(value) for key, value in signature.items()}
+    return shown | {"command": command, "date": time.strftime("%Y-%m-%d %H:%M")}
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text)
+    os.replace(draft, file)
