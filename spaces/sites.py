@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -113,8 +113,14 @@ def _channel_sites(
     )
     groups = list(graph.get_all_groups(ignored_layers=[modules[name] for name in sorted(outputs)]))
     order = {name: position for position, name in enumerate(facts)}
-    sites = [_site(group, names, facts, order, outputs) for group in groups]
-    found = sorted((s for s in sites if s is not None), key=lambda s: order[s[0]])
+    found: list[tuple[str, tuple[Member, ...], int]] = []
+    for group in groups:
+        for members in _independent(_members(group, names, facts, outputs)):
+            producers = [m.layer for m in members if m.side == "out" and _produces(m.layer, facts)]
+            if producers:
+                first = min(producers, key=lambda name: order[name])
+                found.append((first, members, 1 + max(max(m.roots) for m in members)))
+    found.sort(key=lambda site: order[site[0]])
     taken: dict[str, ChannelSite] = {}
     for first_layer, members, channels in found:
         name = short_name(first_layer)
@@ -123,52 +129,60 @@ def _channel_sites(
     return list(taken.values())
 
 
-def _site(
-    group: Any,
-    names: Mapping[nn.Module, str],
-    facts: Mapping[str, LayerFacts],
-    order: Mapping[str, int],
-    outputs: frozenset[str],
-) -> tuple[str, tuple[Member, ...], int] | None:
-    """A dependency group as (first producing layer, members, channels); None where it cannot be pruned."""
-    channels = len(group[0].idxs)
-    found: dict[tuple[str, str], Member] = {}
+def _produces(layer: str, facts: Mapping[str, LayerFacts]) -> bool:
+    return layer in facts and not facts[layer].depthwise
+
+
+def _members(
+    group: Any, names: Mapping[nn.Module, str], facts: Mapping[str, LayerFacts], outputs: frozenset[str]
+) -> list[Member]:
+    """The layers of a dependency group; none where some of them cannot lose channels."""
+    pairs: dict[tuple[str, Literal["out", "in"]], set[tuple[int, int]]] = defaultdict(set)
     for item in group:
         module = item.dep.target.module
         if module not in names:
             if isinstance(module, nn.Parameter):
-                return None  # a bare parameter: nothing here says how to slice it
+                return []  # a bare parameter: nothing here says how to slice it
             continue  # an operation without weights
         name = names[module]
-        side: Literal["out", "in"] = "in" if item.dep.handler.__name__.endswith("in_channels") else "out"
-        if isinstance(module, NORMS):
+        reads = item.dep.handler.__name__.endswith("in_channels")
+        side: Literal["out", "in"] = "in" if reads else "out"
+        if isinstance(module, NORMS) or (name in facts and facts[name].depthwise):
             side = "out"
-        elif name not in facts:
-            return None
-        elif facts[name].depthwise:
-            side = "out"
-        elif facts[name].groups > 1:
-            return None  # grouped convolutions lose channels only group by group
+        elif name not in facts or facts[name].groups > 1:
+            return []  # grouped convolutions lose channels only group by group
         if side == "out" and name in outputs:
-            return None
-        member = Member(name, side, tuple(map(int, item.idxs)), tuple(map(int, item.root_idxs)))
-        before = found.get((name, side))
-        if before is not None and before.channels != member.channels:
-            pairs = sorted(
-                {
-                    *zip(before.channels, before.roots, strict=True),
-                    *zip(member.channels, member.roots, strict=True),
-                }
-            )
-            member = Member(name, side, tuple(c for c, _ in pairs), tuple(r for _, r in pairs))
-        found[name, side] = member
-    producers = [
-        name for name, side in found if side == "out" and name in facts and not facts[name].depthwise
+            return []
+        pairs[name, side].update(zip(map(int, item.idxs), map(int, item.root_idxs), strict=True))
+    return [
+        Member(name, side, tuple(c for c, _ in sorted(found)), tuple(r for _, r in sorted(found)))
+        for (name, side), found in sorted(pairs.items())
     ]
-    if not producers:
-        return None
-    members = tuple(sorted(found.values(), key=lambda m: (m.layer, m.side)))
-    return min(producers, key=lambda name: order[name]), members, channels
+
+
+def _independent(members: Sequence[Member]) -> list[tuple[Member, ...]]:
+    """Members split up where the group holds channels that need not go together.
+
+    A group that begins at a concatenation covers all that is concatenated. Channels that the same members
+    hold are one site; those of others are sites of their own, for each channel can go alone.
+    """
+    holders: dict[int, list[int]] = defaultdict(list)
+    for k, member in enumerate(members):
+        for root in sorted(set(member.roots)):
+            holders[root].append(k)
+    together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for root, held in sorted(holders.items()):
+        together[tuple(held)].append(root)
+    parts = []
+    for holding, roots in together.items():
+        number = {root: k for k, root in enumerate(roots)}
+        parts.append(tuple(_part(members[k], number) for k in holding))
+    return parts
+
+
+def _part(member: Member, number: Mapping[int, int]) -> Member:
+    pairs = [(c, number[r]) for c, r in zip(member.channels, member.roots, strict=True) if r in number]
+    return Member(member.layer, member.side, tuple(c for c, _ in pairs), tuple(r for _, r in pairs))
 
 
 def _layer_sites(facts: Mapping[str, LayerFacts], siblings: bool) -> list[LayerSite]:

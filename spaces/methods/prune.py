@@ -53,7 +53,7 @@ class Pruning:
             # Stable, so that equal scores fall the same way everywhere.
             best = torch.argsort(scores, descending=True, stable=True)[:count]
             kept[choice.site] = best.sort().values
-        draft.channels.update(channels_left(sites, kept))
+        draft.channels.update(channels_left(draft.network, sites, kept))
         slice_layers(draft.network, draft.channels)
 
 
@@ -106,7 +106,7 @@ def _add(total: Tensor, channels: Sequence[int], roots: Sequence[int], values: T
     total.index_add_(0, torch.tensor(roots), values[torch.tensor(channels)].to(total))
 
 
-def channels_left(sites: Sites, kept: Mapping[str, Tensor]) -> dict[str, LayerChannels]:
+def channels_left(network: nn.Module, sites: Sites, kept: Mapping[str, Tensor]) -> dict[str, LayerChannels]:
     """Indices of every touched layer's channels that are left, from the sites' kept channels."""
     removed: dict[str, dict[str, set[int]]] = defaultdict(lambda: {"out": set(), "in": set()})
     for name, indices in kept.items():
@@ -115,27 +115,30 @@ def channels_left(sites: Sites, kept: Mapping[str, Tensor]) -> dict[str, LayerCh
             removed[member.layer][member.side].update(
                 c for c, root in zip(member.channels, member.roots, strict=True) if root not in alive
             )
-    return {
-        layer: LayerChannels(_left(sides["out"], sites, layer, "out"), _left(sides["in"], sites, layer, "in"))
-        for layer, sides in removed.items()
-    }
+    left = {}
+    for layer, gone in removed.items():
+        inputs, outputs = _widths(network.get_submodule(layer))
+        left[layer] = LayerChannels(_without(outputs, gone["out"]), _without(inputs, gone["in"]))
+    return left
 
 
-def _left(gone: set[int], sites: Sites, layer: str, side: str) -> tuple[int, ...] | None:
-    if not gone:
-        return None
-    facts = sites.facts.get(layer)
-    if facts is not None:
-        total = facts.inputs if side == "in" else facts.outputs
-    else:  # a norm: as wide as the channels that its sites know
-        total = 1 + max(
-            channel
-            for site in sites.channel.values()
-            for member in site.members
-            if member.layer == layer
-            for channel in member.channels
-        )
-    return tuple(c for c in range(total) if c not in gone)
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Input and output channels; a norm has as many of either."""
+    match module:
+        case nn.Conv2d():
+            return module.in_channels, module.out_channels
+        case nn.Linear():
+            return module.in_features, module.out_features
+        case nn.BatchNorm2d():
+            return module.num_features, module.num_features
+        case nn.GroupNorm():
+            return module.num_channels, module.num_channels
+        case _:
+            raise TypeError(f"cannot prune a {type(module).__name__}")
+
+
+def _without(total: int, gone: set[int]) -> tuple[int, ...] | None:
+    return tuple(c for c in range(total) if c not in gone) if gone else None
 
 
 def slice_layers(network: nn.Module, channels: Mapping[str, LayerChannels]) -> None:

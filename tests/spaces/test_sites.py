@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import torch
+
+from spaces.apply import apply
+from spaces.recipe import Prune, Recipe
+from spaces.sites import find_sites
+from tests.spaces.toy import ToyDetector
+
+
+def test_dependency_groups_of_a_network_known_by_heart() -> None:
+    detector = ToyDetector()
+    sites = find_sites(detector, detector.build())
+    # The sum joins stem and left; the concatenation hands both sites on to `thin` and `wide`.
+    assert {name: site.channels for name, site in sites.channel.items()} == {
+        "stem.0": 16,
+        "right.0": 24,
+        "wide.0": 32,
+    }
+    members = {(m.layer, m.side): (m.channels[0], len(m.channels)) for m in sites.channel["right.0"].members}
+    assert members == {
+        ("right.0", "out"): (0, 24),
+        ("right.1", "out"): (0, 24),
+        ("thin.0", "out"): (16, 24),  # depthwise: channels 16.. of what is concatenated
+        ("thin.1", "out"): (16, 24),
+        ("wide.0", "in"): (16, 24),
+    }
+
+
+def test_output_layers_keep_their_channels() -> None:
+    detector = ToyDetector()
+    sites = find_sites(detector, detector.build())
+    assert not any(m.layer == "out" and m.side == "out" for s in sites.channel.values() for m in s.members)
+
+
+def test_a_depthwise_layer_shares_the_bit_width_of_its_reader() -> None:
+    detector = ToyDetector()
+    sites = find_sites(detector, detector.build())
+    assert sites.layer["wide.0"].layers == ("thin.0", "wide.0")
+    assert sorted(layer for s in sites.layer.values() for layer in s.layers) == sorted(sites.facts)
+
+
+def test_siblings_are_joined_where_sites_would_be_too_many() -> None:
+    detector = ToyDetector()
+    sites = find_sites(detector, detector.build(), max_layer_sites=3)
+    assert sites.layer["wide"].layers == ("thin.0", "wide.0")
+    assert sorted(layer for s in sites.layer.values() for layer in s.layers) == sorted(sites.facts)
+
+
+def test_a_frozen_base_has_the_same_sites() -> None:
+    detector = ToyDetector()
+    free, frozen = detector.build(), detector.build().requires_grad_(False)
+    assert find_sites(detector, frozen).channel == find_sites(detector, free).channel
+
+
+def test_predicted_widths_are_those_of_the_pruned_network() -> None:
+    detector = ToyDetector()
+    network = detector.build()
+    sites = find_sites(detector, network)
+    kept = {"stem.0": 8, "right.0": 16, "wide.0": 24}
+    choices = tuple(Prune(site=s, sparsity=1 - k / sites.channel[s].channels) for s, k in kept.items())
+    pruned = apply(network, Recipe(detector="toy", choices=choices), sites).network
+    found = {
+        name: (m.in_channels, m.out_channels)
+        for name, m in pruned.named_modules()
+        if isinstance(m, torch.nn.Conv2d)
+    }
+    assert found == sites.widths(kept)
+    assert found == {
+        "stem.0": (3, 8),
+        "left.0": (8, 8),
+        "right.0": (8, 16),
+        "thin.0": (24, 24),
+        "wide.0": (24, 24),
+        "out": (24, 4),
+    }
+
+
+def test_macs_by_hand() -> None:
+    detector = ToyDetector()
+    facts = find_sites(detector, detector.build()).facts
+    assert facts["stem.0"].macs(3, 16) == 16 * 3 * 9 * 16 * 16
+    assert facts["thin.0"].macs(40, 40) == 40 * 9 * 16 * 16
+    assert facts["thin.0"].macs(24, 24) == 24 * 9 * 16 * 16
