@@ -89,6 +89,9 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
                 f"measured again: trial {', '.join(map(str, sorted(beaten)))}"
             )
     gain = gain_of_training_further(base_evaluation) if role == "select" else 0.0
+    if gain:  # the table's own differences are to the base as it is
+        goal = rows[number].map + gain
+        listed = [replace(r, note=f"{r.map - goal:+.1f} to the base trained further") for r in listed]
     points = [
         TrialPoint(n, e.metrics["map"].value, e.metrics["latency_ms"].value) for n, e in evaluations.items()
     ]
@@ -117,8 +120,8 @@ def subtitle_of(study: SearchStudy) -> str:
     said = study.fingerprint
     parts = [
         f"{said.get('detector')} at {said.get('input size')}",
-        str(said.get("target engine")),
-        f"{said.get('target threads')} thread(s)",
+        str(said.get("target engine")).split("-")[0],
+        f"{said.get('target threads')} thread{'s' * (str(said.get('target threads')) != '1')}",
         str(said.get("target cpu")),
         time.strftime("%Y-%m-%d"),
     ]

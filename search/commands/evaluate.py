@@ -195,6 +195,6 @@ def _as_text(result: dict[str, Any]) -> str:
     ]
     for name in FIGURES:
         value = result[name]
-        lines.append(f"  {name:<10} {'no such objects' if value is None else f'{value:6.2f}'}")
-    lines.append(f"  latency    {result['latency_ms_p50']:6.2f} ms, median of this one run, whole detector")
+        lines.append(f"  {name:<12} {'no such objects' if value is None else f'{value:6.2f}'}")
+    lines.append(f"  latency      {result['latency_ms_p50']:6.2f} ms, median of this one run, whole detector")
     return "\n".join(lines)

@@ -117,6 +117,7 @@ def _bench(study: SearchStudy, changes: dict[str, object]) -> Bench:
 def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> str:
     """Copy the pair of a trial, or make it again from its stored state; says which."""
     from evaluators.exported import CARD_FILE, MODEL_FILE
+    from search.trials import evaluation_of
     from spaces.apply import PLAN_FILE, STATE_FILE, rebuild
     from spaces.errors import InputError
     from spaces.space import bits_by_layer
@@ -130,7 +131,11 @@ def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> s
         raise InputError("--trial", number, "its files are gone from the artefact folder (see keep_mb)")
     recipe, draft = rebuild(bench.detector.build(), source)
     draft.network.eval()
-    bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
+    _, card = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
+    evaluation = evaluation_of(study.optuna.get_trials(deepcopy=False)[number])
+    assert evaluation is not None, "its mAP was read before"
+    figures = {name: measured.value for name, measured in evaluation.metrics.items()}
+    card.model_copy(update={"figures": {**figures, "split": evaluation.split}}).write(folder)
     return "made again from its stored weights"
 
 

@@ -48,6 +48,10 @@ def search(
     sampler: Annotated[
         str | None, typer.Option("--sampler", help="front, tpe, nsga2, random, ...", metavar="NAME")
     ] = None,
+    seeds: Annotated[
+        bool | None,
+        typer.Option("--seeds/--no-seeds", help="Begin with solutions over measured sensitivities, or not."),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", min=0, help="Fine-tuning of each candidate, passes over fit.")
     ] = None,
@@ -74,6 +78,7 @@ def search(
         "search.trials": trials,
         "search.workers": workers,
         "search.sampler": sampler,
+        "search.seeds": seeds,
         "finetune.epochs": epochs,
         "name": study,
     }
