@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from spaces.table import Options, SpaceTable
+from spaces.table import Options, Shapes, SpaceTable
 
 LANES = 16
 """Channels are computed in blocks of the vector width; a block that is half empty takes as long."""
@@ -32,17 +32,20 @@ class LatencyModel:
 
     def predict(self, options: Options) -> NDArray[np.float64]:
         """Latency ratios `(N,)` to the base."""
-        return features(self.table, options) @ self.weights
+        return self.of(self.table.shapes(options))
+
+    def of(self, shapes: Shapes) -> NDArray[np.float64]:
+        """Latency ratios `(N,)` of recipes given by their shapes."""
+        return features(self.table, shapes) @ self.weights
 
 
-def features(table: SpaceTable, options: Options) -> NDArray[np.float64]:
+def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
     """Features `(N, F)`, each scaled so that the base's total is about 1.
 
     For each bit-width: multiplications of dense layers and of depthwise ones in whole vector blocks, and
     elements written. Then elements that cross from one bit-width to another (casts and Q/DQ), and 1.
     """
-    shapes = table.shapes(options)
-    base = table.shapes(np.zeros((1, len(table.names)), np.int64))
+    base = table.base
     filled = np.ceil(shapes.outputs / LANES) * LANES / np.maximum(shapes.outputs, 1)
     macs = shapes.macs * filled
     written = shapes.outputs * table.positions
@@ -62,7 +65,7 @@ def features(table: SpaceTable, options: Options) -> NDArray[np.float64]:
         eight = (shapes.bits == 8) != (before == 8)
         crossing = eight if narrow else (shapes.bits != before) & ~eight
         columns.append((read * crossing).sum(1) / elements)
-    columns.append(np.ones(len(options)))
+    columns.append(np.ones(len(shapes.bits)))
     return np.stack(columns, axis=1)
 
 
@@ -74,7 +77,7 @@ def fit_latency(table: SpaceTable, options: Options, ratios: NDArray[np.float64]
         options: `(N, P)`.
         ratios: `(N,)` measured latency over the base's.
     """
-    matrix = features(table, options)
+    matrix = features(table, table.shapes(options))
     weights = _solve(matrix, ratios)
     errors = []
     for k in range(len(ratios)):

@@ -234,6 +234,7 @@ class CandidateWorker:
             file.unlink()
         folder.rmdir()
         result = {
+            "recipe": job.recipe.to_json(),
             "ratio": paired.ratio,
             "low": paired.low,
             "high": paired.high,

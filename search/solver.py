@@ -63,18 +63,18 @@ def _descend(damage: NDArray[np.float64], model: LatencyModel, start: NDArray[np
     while True:
         extra = damage[parameter, option] - damage[parameter, current[parameter]]
         possible = (option != current[parameter]) & (extra > -FLOOR)
-        candidates = np.repeat(current[None], int(possible.sum()), axis=0)
-        candidates[np.arange(len(candidates)), parameter[possible]] = option[possible]
-        if not len(candidates):
+        if not possible.any():
             return points
-        saved = latency - model.predict(candidates)
+        changed, to = parameter[possible], option[possible]
+        saved = latency - model.of(model.table.neighbours(current, changed, to))
         worth = np.where(saved > 1e-6, saved / np.maximum(extra[possible], FLOOR), -np.inf)
         best = int(worth.argmax())
         if worth[best] == -np.inf:
             return points
-        current = candidates[best]
+        current = current.copy()
+        current[changed[best]] = to[best]
         latency -= float(saved[best])
-        points.append(PathPoint(current.copy(), float(damage[rows, current].sum()), latency))
+        points.append(PathPoint(current, float(damage[rows, current].sum()), latency))
 
 
 def at_damages(path: list[PathPoint], wanted: NDArray[np.float64]) -> list[PathPoint]:

@@ -89,12 +89,19 @@ class Strategy:
             self._study.optuna.enqueue_trial(self._table.params(options), user_attrs={"origin": "seed"})
 
     def seeds(self, damage: NDArray[np.float64], model: LatencyModel) -> list[NDArray[np.int64]]:
-        """Recipes spaced by damage, each twice as much as the one before, the mildest first."""
-        path = damage_path(damage, model, uniform_starts(self._table))
+        """Recipes spaced evenly by the logarithm of their damage, the mildest first.
+
+        The mildest is allowed what the widest bit-width below 32 does to all layers: that is free in
+        practice. The strongest has a quarter of the largest damage, beyond which nothing is left.
+        """
+        starts = uniform_starts(self._table)
+        path = damage_path(damage, model, starts)
         if not path:
             return []
         count = max(3, round(SEEDS_SHARE * self._trials))
-        low = max(path[0].damage, 0.02)
+        mildest = starts[min(1, len(starts) - 1)]
+        free = float(damage[np.arange(len(mildest)), mildest].sum())
+        low = max(path[0].damage, free, 1e-3 * path[-1].damage)
         wanted = low * np.geomspace(1.0, max(path[-1].damage / low / 4, 2.0), count)
         return [point.options for point in at_damages(path, wanted)]
 
