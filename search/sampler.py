@@ -22,6 +22,8 @@ PERTURBATION = 0.35
 """Standard deviation of the logarithm by which each parameter's predicted loss is perturbed."""
 MUTATIONS = 0.4
 """Share of proposals that mutate a member of the front; the others are solved for."""
+ATTEMPTS = 40
+"""At a proposal that differs from all there are; a small space may have none left."""
 LARGEST_LOSS = 6.0
 """AP points that are worth looking at where no limit says less."""
 
@@ -84,8 +86,9 @@ class FrontSampler(BaseSampler):
             return {}
         taken = self._taken(trials)
         model = self._relearn(finished)
-        for _ in range(20):
-            if self._random.random() < MUTATIONS and len(finished.map) > 2:
+        for attempt in range(ATTEMPTS):
+            solved_enough = attempt >= ATTEMPTS // 4  # what the solver says here was done already
+            if solved_enough or (self._random.random() < MUTATIONS and len(finished.map) > 2):
                 options = self._mutated(finished)
             else:
                 options = self._solved(finished, model)

@@ -1,0 +1,138 @@
+"""The sampler on a made-up detector whose damage is known, told as the search tells it."""
+
+from __future__ import annotations
+
+import numpy as np
+import optuna
+import pytest
+from numpy.typing import NDArray
+
+from evaluators.evaluation import Evaluation, Measurement
+from evaluators.latency_model import fit_latency
+from evaluators.ranking import hypervolume
+from search.knowledge import Finished, finished_trials, fit_loss
+from search.sampler import FrontSampler, uniform_starts
+from search.strategy import probe_recipes, sampler_named
+from search.trials import TrialWriter
+from spaces.errors import InputError
+from spaces.recipe import Recipe
+from spaces.table import SpaceTable
+from tests.search.test_solver import random_damage, toy_model
+from tests.search.toy_space import toy_table
+
+
+class MadeUp:
+    """mAP falls from 60 with the square root of the damage; latency is that of the toy model."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.table = toy_table()
+        self.damage = random_damage(self.table, seed)
+        self.model = toy_model(self.table)
+
+    def evaluate(self, options: NDArray[np.int64]) -> tuple[float, float]:
+        damage = self.damage[np.arange(len(options)), options].sum()
+        return 60.0 - 4.0 * float(np.sqrt(damage)), float(self.model.predict(options[None])[0])
+
+    def run(self, sampler: optuna.samplers.BaseSampler, trials: int) -> optuna.Study:
+        study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        study.enqueue_trial(self.table.space.identity_params())
+        for _ in range(trials):
+            trial = study.ask(self.table.space.distributions())
+            recipe = self.table.space.recipe(trial.params)
+            quality, latency = self.evaluate(self.table.options([trial.params])[0])
+            metrics = {
+                "map": Measurement(value=quality, unit="AP"),
+                "latency_ratio": Measurement(value=latency, unit="ratio"),
+            }
+            evaluation = Evaluation(recipe_key=recipe.key, status="ok", metrics=metrics)
+            writer = TrialWriter(study, trial)
+            writer.claim({"host": "here", "pid": 1}, recipe)
+            writer.complete([quality, latency], evaluation, [])
+        return study
+
+    def sampler(self, seed: int) -> FrontSampler:
+        return FrontSampler(
+            self.table, self.damage, lambda f: fit_latency(self.table, f.options, f.ratio), 20.0, seed
+        )
+
+
+def volume(study: optuna.Study) -> float:
+    points = [(-t.values[0], t.values[1]) for t in study.get_trials() if t.values]
+    return hypervolume(points, (-40.0, 1.0))
+
+
+def test_beats_random_search_on_a_problem_that_it_has_the_sensitivities_of() -> None:
+    ours, random = [], []
+    for seed in range(5):
+        problem = MadeUp(seed)
+        ours.append(volume(problem.run(problem.sampler(seed), 12)))
+        random.append(volume(problem.run(optuna.samplers.RandomSampler(seed=seed), 12)))
+    assert np.median(ours) > 1.05 * np.median(random)
+
+
+def test_same_seed_same_proposals_and_no_repeats() -> None:
+    problem = MadeUp()
+    studies = [problem.run(problem.sampler(3), 10) for _ in range(2)]
+    first, second = ([t.params for t in study.get_trials()] for study in studies)
+    assert first == second
+    assert len({tuple(params.values()) for params in first}) == 10
+
+
+def test_state_is_the_study_alone() -> None:
+    """A fresh sampler on an old study learns from its trials: it keeps away from what was done."""
+    problem = MadeUp()
+    study = problem.run(problem.sampler(0), 8)
+    fresh = problem.sampler(1)
+    done = {tuple(t.params.values()) for t in study.get_trials()}
+    proposal = fresh.sample_relative(study, study.get_trials()[-1], {})
+    assert set(proposal) == set(problem.table.names)
+    assert tuple(proposal.values()) not in done
+
+
+def test_loss_weights_are_recovered() -> None:
+    """Pruning that costs 3 AP a unit and bits that cost 0.5 are told apart."""
+    table = toy_table()
+    damage = random_damage(table, 1)
+    bits = np.array([name.startswith("bits ") for name in table.names])
+    random = np.random.default_rng(0)
+    options = random.integers(0, table.sizes, size=(40, len(table.sizes)))
+    options[0] = 0
+    single = damage[np.arange(len(bits)), options]
+    quality = 60 - 3.0 * single[:, ~bits].sum(1) - 0.5 * single[:, bits].sum(1)
+    model = fit_loss(table, damage, Finished(options, quality, np.ones(40)), 60.0)
+    pruning = model.weights[model.kinds[~bits][0]]
+    quantising = model.weights[model.kinds[bits][0]]
+    assert pruning == pytest.approx(3.0, rel=0.15)
+    assert quantising == pytest.approx(0.5, rel=0.5)
+
+
+def test_trials_of_another_space_are_passed_over() -> None:
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    trial = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    study.tell(trial, [1.0, 1.0])
+    assert len(finished_trials(toy_table(), study.get_trials()).map) == 0
+
+
+def test_uniform_starts_set_every_layer_to_one_width() -> None:
+    table = toy_table()
+    widths = [set(table.shapes(row[None]).bits[0]) for row in uniform_starts(table)]
+    assert widths == [{32}, {16}, {8}]
+
+
+def test_probes_are_deterministic_recipes_of_the_space() -> None:
+    table: SpaceTable = toy_table()
+    recipes: list[Recipe] = probe_recipes(table, 12, seed=4)
+    assert recipes == probe_recipes(table, 12, seed=4)
+    assert all(table.space.contains(recipe) for recipe in recipes)
+    assert len({recipe.key for recipe in recipes}) > 8
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2", "nsga3", "gp", "random", "optuna.samplers:QMCSampler"])
+def test_any_optuna_sampler_can_take_its_place(name: str) -> None:
+    assert isinstance(sampler_named(name)(0), optuna.samplers.BaseSampler)
+
+
+@pytest.mark.parametrize("name", ["simulated-annealing", "nowhere:Class", "optuna.samplers:Nothing"])
+def test_unknown_samplers_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="sampler"):
+        sampler_named(name)
