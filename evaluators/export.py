@@ -10,6 +10,7 @@ import onnx
 import torch
 from torch import nn
 
+from evaluators.graph import INPUT, OUTPUTS
 from evaluators.postprocess import WholeDetector
 from spaces.detectors.base import Category, Detector, Postprocess
 
@@ -17,7 +18,6 @@ TRACE_OPSET = 17
 """What the TorchScript exporter writes best; the dynamo exporter fails on detectors with suppression."""
 OPSET = 22
 """The first one with bfloat16 convolutions."""
-INPUT, OUTPUTS = "images", ("boxes", "scores", "labels")
 
 
 def export_graph(
@@ -52,13 +52,3 @@ def export_graph(
     graph = onnx.version_converter.convert_version(onnx.load_from_string(buffer.getvalue()), OPSET)
     graph.producer_name = "paredown"
     return graph
-
-
-def layer_of(node: onnx.NodeProto) -> str | None:
-    """The module name of the layer that a Conv or Gemm node runs, by its weight's name."""
-    if node.op_type not in ("Conv", "Gemm", "MatMul"):
-        return None
-    weight: str = node.input[1]
-    if not weight.startswith("network.") or not weight.endswith(".weight"):
-        return None
-    return weight.removeprefix("network.").removesuffix(".weight")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -20,11 +19,12 @@ from evaluators.exported import MODEL_FILE, ModelCard
 from evaluators.finetune import fine_tune
 from evaluators.jobs import Job, StageReport
 from evaluators.latency import PairedLatency, measure_pair
+from evaluators.memory import peak_memory_mb
 from evaluators.targets.base import Session
 from spaces.apply import apply, parameters, save
 from spaces.methods.base import Draft
 from spaces.recipe import Recipe
-from spaces.space import bits_by_layer, total_macs
+from spaces.space import bits_by_layer, kept_by_site, total_macs
 
 BASE_FOLDER = "base"
 REFERENCE_FILE = "reference.json"
@@ -66,8 +66,9 @@ class CandidateWorker:
         yield clock.ended("score", "wait for a quiet moment to time it")
         paired = self._timed(session)
         yield clock.ended("latency", "")
-        metrics = self._metrics(draft, recipe, folder, figures, paired, step_ms)
+        metrics = self._metrics(draft, recipe, folder, figures, paired, step_ms, card.runtime.hint)
         details: dict[str, Any] = {"latency": paired.model_dump(mode="json"), "kernels": _kernels(session)}
+        details["layers"] = self._layers(recipe)
         if recipe.is_identity:
             yield from self._trained_further(job.seed, clock, metrics)
         evaluation = Evaluation(
@@ -149,6 +150,7 @@ class CandidateWorker:
         figures: dict[str, float],
         paired: PairedLatency,
         step_ms: list[float],
+        hint: str,
     ) -> dict[str, Measurement]:
         reference = self._reference(paired, recipe)
         metrics = {
@@ -169,13 +171,29 @@ class CandidateWorker:
             "size_mb": Measurement(value=(folder / MODEL_FILE).stat().st_size / 1e6, unit="MB"),
             "params": Measurement(value=parameters(draft.network), unit="parameters"),
             "macs": Measurement(value=total_macs(recipe, self.bench.sites), unit="MACs"),
-            "peak_memory_mb": Measurement(
-                value=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, unit="MB, of the worker"
-            ),
+            "peak_memory_mb": Measurement(value=self._memory(folder / MODEL_FILE, hint), unit="MB"),
         }
         if step_ms:
             metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")
         return metrics
+
+    def _memory(self, model: Path, hint: str) -> float:
+        bench = self.bench
+        with bench.slot.computing():
+            return peak_memory_mb(
+                model, bench.target.name, bench.config.threads, hint, bench.detector.preprocess.size
+            )
+
+    def _layers(self, recipe: Recipe) -> dict[str, list[int]]:
+        """Of each layer that lost channels: inputs and outputs kept, inputs and outputs removed."""
+        sites = self.bench.sites
+        widths = sites.widths(kept_by_site(recipe, sites))
+        found = {}
+        for name, facts in sites.facts.items():
+            inputs, outputs = widths[name]
+            if (inputs, outputs) != (facts.inputs, facts.outputs):
+                found[name] = [inputs, outputs, facts.inputs - inputs, facts.outputs - outputs]
+        return found
 
     def _reference(self, paired: PairedLatency, recipe: Recipe) -> float:
         """The study's latency of the base, ms: what the base took when it was measured first."""
@@ -197,7 +215,9 @@ class CandidateWorker:
             return
         further = apply(bench.base, bench.identity, bench.sites)
         further.network.requires_grad_(True)
-        yield from self._fine_tune(further.network, seed, clock, [], named="train the base further")
+        step_ms: list[float] = []
+        yield from self._fine_tune(further.network, seed, clock, step_ms, named="train the base further")
+        metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")
         folder = self.artifacts / BASE_FOLDER / "trained-further"
         _, session = self._exported(further, bench.identity, folder)
         gained = self._scored(session)["map"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import ml_dtypes
 import numpy as np
@@ -10,8 +11,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from evaluators.calibration import LayerRanges, Range
-from evaluators.export import layer_of
+from evaluators.graph import layer_of
+
+if TYPE_CHECKING:  # torch is behind it
+    from evaluators.calibration import LayerRanges, Range
 
 FOLLOWERS = {"Sigmoid", "Mul", "Add", "Relu", "HardSwish", "HardSigmoid", "Clip", "LeakyRelu", "Concat"}
 FOLLOWERS |= {"MaxPool", "Resize", "Slice"}

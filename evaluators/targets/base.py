@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from evaluators.calibration import LayerRanges
 from spaces.capabilities import Capabilities
+
+if TYPE_CHECKING:  # torch is behind it, which a process that only serves need not load
+    from evaluators.calibration import LayerRanges
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,21 @@ import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import openvino as ov
 from numpy.typing import NDArray
 
-from evaluators.calibration import LayerRanges
 from evaluators.precision import in_bfloat16, quantized, stored_in_bfloat16
 from evaluators.signature import machine_signature
 from evaluators.targets.base import Detections, Lowered
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
+
+if TYPE_CHECKING:  # torch is behind it, which a process that only serves need not load
+    from evaluators.calibration import LayerRanges
 
 
 class OpenVino:
