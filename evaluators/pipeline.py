@@ -16,7 +16,7 @@ from evaluators.bench import Bench, BenchConfig
 from evaluators.damage import Damage
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.exported import MODEL_FILE, ModelCard
-from evaluators.finetune import fine_tune
+from evaluators.finetune import fine_tune, recalibrate_norms
 from evaluators.jobs import Job, StageReport
 from evaluators.latency import PairedLatency, measure_pair
 from evaluators.memory import peak_memory_mb
@@ -56,9 +56,9 @@ class CandidateWorker:
         with bench.slot.computing():
             draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         draft.network.requires_grad_(True)
-        yield clock.ended("compress", "load the teacher" if not recipe.is_identity else "export")
+        yield clock.ended("compress", "load the teacher" if draft.channels else "export")
         step_ms: list[float] = []
-        if not recipe.is_identity and draft.channels:
+        if draft.channels:  # what keeps its channels keeps its weights, too
             yield from self._fine_tune(draft.network, job.seed, clock, step_ms)
         card, session = self._exported(draft, recipe, folder)
         yield clock.ended("export", "score")
@@ -91,6 +91,11 @@ class CandidateWorker:
         """Train in place, a report an epoch. The teacher's outputs are made by whoever comes first."""
         bench = self.bench
         epochs = bench.config.finetune.epochs
+        if epochs == 0:
+            with bench.slot.computing():
+                recalibrate_norms(network, bench.detector, bench.fit, bench.config.finetune.batch_size)
+            yield clock.ended("measure the norms anew", "export")
+            return
         teacher = bench.teacher
         yield clock.ended("teacher", f"{named} 1/{epochs}")
         for epoch in fine_tune(
