@@ -1,0 +1,107 @@
+"""Configurations: what may be written, what the command line changes, what is refused in one line."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from search.config import SearchConfig, load_config, parse_config, read_limits
+from spaces.errors import InputError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "scripts" / "configs"
+LEAST = {"model": "yolox_nano", "checkpoint": "base.pth", "data": {"root": "images"}}
+
+
+def write(folder: Path, document: Any, name: str = "mine.yaml") -> Path:
+    file = folder / name
+    file.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return file
+
+
+def test_a_short_configuration_is_named_after_its_file(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, LEAST))
+    assert config.name == "mine"
+    assert config.problem.objectives == ("map", "latency_ms")
+    assert config.search.trials == 40
+    assert config.bench.model == "yolox_nano"
+    assert not hasattr(config.bench, "keep_mb")
+
+
+def test_paths_are_looked_for_beside_the_file_then_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir(), there.mkdir()
+    monkeypatch.chdir(here)
+    (there / "base.pth").touch()
+    config = load_config(write(there, LEAST))
+    assert config.checkpoint == there / "base.pth"
+    assert config.data.root == here / "images"
+    assert config.cache == here / "runs" / "cache"
+
+
+def test_a_folder_called_like_annotations_does_not_take_their_place(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    config = load_config(write(tmp_path, {**LEAST, "data": {"root": "images", "fit": "train"}}))
+    assert config.data.fit == "train"
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    document = {**LEAST, "search": {"trials": 5, "workers": 3}, "problem": {"limits": {"max_map_drop": 2.0}}}
+    changes = {
+        "search.trials": 7,
+        "search.workers": None,
+        "finetune.epochs": 9,
+        "data.root": "/elsewhere",
+        "problem.limits.map_drop": ["<=", 1.0],
+        **read_limits(["size_mb <= 2.5", "map>=30"]),
+    }
+    config = load_config(write(tmp_path, document), changes)
+    assert (config.search.trials, config.search.workers, config.finetune.epochs) == (7, 3, 9)
+    assert config.data.root == Path("/elsewhere")
+    assert config.problem.limits == {"map": (">=", 30.0), "map_drop": ("<=", 1.0), "size_mb": ("<=", 2.5)}
+
+
+def test_what_a_study_keeps_makes_the_same_configuration(tmp_path: Path) -> None:
+    document = {**LEAST, "size": [320, 416], "problem": {"limits": {"max_size_mb": 2}}}
+    config = load_config(write(tmp_path, document))
+    assert parse_config(config.model_dump(mode="json"), "study") == config
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_configurations_of_the_project_are_read(file: Path) -> None:
+    config = load_config(file, {"checkpoint": "given.pth"})
+    assert isinstance(config, SearchConfig)
+    assert config.name == file.stem
+
+
+@pytest.mark.parametrize(
+    ("document", "field", "remedy"),
+    [
+        ({**LEAST, "modell": 1}, "modell", "no such field; there are: model, checkpoint"),
+        ({**LEAST, "search": {"trails": 1}}, "search.trails", "trials, workers, sampler, seeds"),
+        ({**LEAST, "search": {"trials": 0}}, "search.trials", "greater than or equal to 1"),
+        ({**LEAST, "search": {"trials": "many"}}, "search.trials", "valid integer"),
+        ({**LEAST, "finetune": {"learning_rate": -1}}, "finetune.learning_rate", "greater than 0"),
+        ({**LEAST, "problem": {"objectives": ["map", "beauty"]}}, "objectives", "choose from map"),
+        ({**LEAST, "problem": {"limits": {"max_beauty": 1}}}, "limits.max_beauty", "limit one of map"),
+        ({**LEAST, "data": {"root": "x", "format": "voc"}}, "data.format", "'yolo'"),
+        ({"checkpoint": "x", "data": {"root": "x"}}, "model", "is missing"),
+        ({"model": "x", "data": {"root": "x"}}, "checkpoint", "--checkpoint"),
+        ("- a\n- b\n", "config", "must hold fields"),
+        ("a: [1, 2\nb: 3\n", "config", "is no YAML (line 2)"),
+    ],
+)
+def test_one_line_says_what_is_wrong(tmp_path: Path, document: Any, field: str, remedy: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(write(tmp_path, document))
+    assert field in caught.value.field
+    assert remedy in caught.value.remedy
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["size_mb", "size_mb=2", "size_mb<=two", "<=3", "size_mb<=1.2.3"])
+def test_a_limit_must_be_written_as_one(text: str) -> None:
+    with pytest.raises(InputError, match=r"latency_ms<=8"):
+        read_limits([text])

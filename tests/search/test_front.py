@@ -1,0 +1,163 @@
+"""The front of a study, put together from trials with known figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import create_trial
+
+from evaluators.evaluation import Evaluation, Measurement
+from evaluators.ranking import Problem
+from search.front import FINAL, best_within, front_of, write_pictures
+from search.judge import ProblemJudge, gain_of_training_further, reference_of
+from search.study import SearchStudy
+from search.trials import EVALUATION, RECIPE
+from spaces.errors import InputError
+from spaces.recipe import Recipe
+from tests.search.toy_problem import toy_parts, toy_study
+
+PARTS = toy_parts()
+
+
+def measured(**values: float) -> Evaluation:
+    metrics = {name: Measurement(value=value, unit="") for name, value in values.items()}
+    ratio = values["latency_ratio"]
+    metrics["latency_ratio"] = Measurement(value=ratio, unit="", low=ratio - 0.01, high=ratio + 0.01)
+    return Evaluation(recipe_key="k", status="ok", metrics=metrics, split="/data/select.json")
+
+
+def add(study: SearchStudy, params: dict[str, float], ap: float, ratio: float, **more: float) -> None:
+    """A finished trial; the reference base takes 10 ms."""
+    figures = {"map": ap, "latency_ratio": ratio, "latency_ms": 10 * ratio, "size_mb": 4.0, "params": 1000.0}
+    evaluation = measured(**figures, **more)
+    recipe: Recipe = PARTS.to_recipe(params)
+    study.optuna.add_trial(
+        create_trial(
+            params=params,
+            distributions=dict(PARTS.distributions),
+            values=[ap, 10 * ratio],
+            user_attrs={RECIPE: recipe.to_json(), EVALUATION: json.dumps(evaluation.model_dump())},
+        )
+    )
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> SearchStudy:
+    """Base 60 AP; 1: 59.5 at 0.8; 2: 58 at 0.9, dominated; 3: 55 at 0.5; 4: 54.5 at 0.495."""
+    study = toy_study(tmp_path)
+    add(study, {"a": 0.0, "b": 0.0}, 60.0, 1.0, map_trained_further=60.3)
+    add(study, {"a": 0.25, "b": 0.0}, 59.5, 0.8)
+    add(study, {"a": 0.0, "b": 0.25}, 58.0, 0.9)
+    add(study, {"a": 0.5, "b": 0.0}, 55.0, 0.5)
+    add(study, {"a": 0.5, "b": 0.25}, 54.5, 0.495)
+    return study
+
+
+def test_the_front_is_what_nothing_dominates(study: SearchStudy) -> None:
+    front = front_of(study)
+    assert [row.number for row in front.rows] == [0, 1, 3, 4]
+    assert front.base.number == 0
+    assert front.base.is_base
+    assert len(front.trials) == 5
+    assert front.remarks == []
+    listed = front.to_json()
+    assert [item["map_drop"] for item in listed] == pytest.approx([0.0, 0.5, 5.0, 5.5])
+    assert listed[1]["latency_ms"] == pytest.approx(8.0)
+    assert (listed[1]["ratio_low"], listed[1]["ratio_high"]) == pytest.approx((0.79, 0.81))
+    assert listed[1]["split"] == "/data/select.json"
+    assert listed[1]["artifact"] is None  # nothing was written for these trials
+    assert Recipe.model_validate(listed[1]["recipe"]).choices[0].site == "a"
+
+
+def test_a_model_file_is_named_where_it_is_there(study: SearchStudy) -> None:
+    file = study.trial_folder(1) / "model.onnx"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    assert {row.number: row.artifact for row in front_of(study).rows}[1] == str(file)
+
+
+def test_limits_filter_what_is_there(study: SearchStudy) -> None:
+    problem = Problem.read({"limits": {"max_map_drop": 1.0}})
+    assert [row.number for row in front_of(study, problem).rows] == [0, 1]
+
+
+def test_the_fastest_within_a_drop(study: SearchStudy) -> None:
+    front = front_of(study)
+    assert best_within(front, None).number == 1
+    assert best_within(front, 5.0).number == 3
+    assert best_within(front, 0.0).number == 0
+
+
+def test_a_base_that_still_learns_flatters_nobody(tmp_path: Path) -> None:
+    study = toy_study(tmp_path)
+    add(study, {"a": 0.0, "b": 0.0}, 60.0, 1.0, map_trained_further=62.0)
+    add(study, {"a": 0.25, "b": 0.0}, 60.5, 0.8)
+    front = front_of(study)
+    assert front.losses_against == 62.0
+    assert "+2.0 AP" in front.remarks[0]
+    assert front.rows[0].note == "-1.5 to the base trained further"
+    judge = ProblemJudge(study, Problem.read({"limits": {"max_map_drop": 1.0}}))
+    # 62 - 60.5 = 1.5 of 1.0 allowed
+    assert judge.constraints(measured(map=60.5, latency_ratio=0.8)) == pytest.approx([0.5])
+    with pytest.raises(InputError, match="loses so little"):
+        best_within(front, 1.0)
+
+
+def test_less_than_half_a_point_is_converged() -> None:
+    base = measured(map=60.0, latency_ratio=1.0, map_trained_further=60.49)
+    assert gain_of_training_further(base) == 0.0
+    assert reference_of(base) is base
+    learning = measured(map=60.0, latency_ratio=1.0, map_trained_further=60.5)
+    assert gain_of_training_further(learning) == pytest.approx(0.5)
+    assert reference_of(learning).metrics["map"].value == 60.5
+
+
+def test_the_base_is_judged_against_itself(tmp_path: Path) -> None:
+    judge = ProblemJudge(toy_study(tmp_path), Problem.read({"limits": {"max_map_drop": 1.0}}))
+    assert judge.constraints(measured(map=60.0, latency_ratio=1.0, map_trained_further=63.0)) == [-1.0]
+
+
+def again(ratio: float, ap: float) -> dict[str, Any]:
+    return {
+        "ratio": ratio,
+        "low": ratio - 0.02,
+        "high": ratio + 0.02,
+        "map": ap,
+        "map_difference": [0, -2, 1],
+    }
+
+
+def test_ratios_measured_together_take_the_place_of_the_others(study: SearchStudy) -> None:
+    models = {"0": again(1.0, 50.0), "1": again(0.82, 49.0), "3": again(0.5, 44.0), "4": again(0.51, 45.0)}
+    study.optuna.set_user_attr(FINAL, {"split": "/data/report.json", "models": models})
+    front = front_of(study)
+    assert [row.number for row in front.rows] == [0, 1, 3]  # 4 proved slower than 3 and is less accurate
+    assert "trial 4" in front.remarks[0]
+    assert front.rows[1].latency_ms == pytest.approx(8.2)
+    assert front.rows[1].map == 59.5
+    report = front_of(study, role="report")
+    assert [(row.number, row.map) for row in report.rows] == [(0, 50.0), (1, 49.0), (4, 45.0), (3, 44.0)]
+    assert {row.split for row in report.rows} == {"/data/report.json"}
+    assert report.rows[1].note == "mAP to base -2.0 to +1.0 (95 %)"
+
+
+def test_what_was_not_measured_again_is_said(study: SearchStudy) -> None:
+    models = {"0": again(1.0, 50.0), "1": again(0.82, 49.0)}
+    study.optuna.set_user_attr(FINAL, {"split": "/data/report.json", "models": models})
+    assert "trial 3, 4; these show their own measurement" in front_of(study).remarks[0]
+    assert [row.number for row in front_of(study, role="report").rows] == [0, 1]
+
+
+def test_without_a_base_or_report_there_is_no_front(tmp_path: Path, study: SearchStudy) -> None:
+    with pytest.raises(InputError, match="no base yet"):
+        front_of(toy_study(tmp_path, "empty"))
+    with pytest.raises(InputError, match="--remeasure"):
+        front_of(study, role="report")
+
+
+def test_pictures_are_written_whole(study: SearchStudy, tmp_path: Path) -> None:
+    png, page = write_pictures(front_of(study), tmp_path / "new" / "folder", "Title", "subtitle")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "Title" in page.read_text()
+    assert sorted(file.name for file in png.parent.iterdir()) == ["front.html", "front.png"]
