@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from evaluators.bench import Bench
 from evaluators.calibration import LayerRanges
+from evaluators.finetune import measure_norms
 from evaluators.precision import weight_scales
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
@@ -28,26 +31,38 @@ class Damage:
         with bench.slot.computing(), torch.no_grad():
             self._images = torch.cat([torch.from_numpy(image) for image in inputs])
             self._outputs: Outputs = bench.base(self._images)
+            self._floor = self._distance(self._repaired(copy.deepcopy(bench.base)))
         self._ranges: dict[str, LayerRanges] = {}
 
     def of(self, recipe: Recipe) -> float:
         """The distance that a recipe causes; 0 for the identity.
 
         8-bit layers round their inputs and weights, 16-bit ones go through bfloat16: close to what the
-        engines do, enough to tell sites apart.
+        engines do, enough to tell sites apart. Pruned networks have their BatchNorm statistics measured
+        anew first, on these same images: most of what fine-tuning repairs is a shift of statistics, and
+        without that the damage of late layers, which it repairs well, would look the largest. What the
+        few images themselves do to the statistics of the base is subtracted.
         """
         bench = self._bench
         draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         bits = {layer: width for layer, width in bits_by_layer(recipe, bench.sites).items() if width < 32}
-        network = draft.network
+        network = self._repaired(draft.network) if draft.channels else draft.network
         if bits:
             network = bench.detector.simplified(network)
             ranges = self._base_ranges([layer for layer, width in bits.items() if width <= 8])
             for layer, width in bits.items():
                 _round(network.get_submodule(layer), width, ranges.get(layer))
+        if not draft.channels:
+            return self._distance(network)
+        return max(self._distance(network) - self._floor, 0.0)
+
+    def _repaired(self, network: nn.Module) -> nn.Module:
+        measure_norms(network, [self._images])
+        return network
+
+    def _distance(self, network: nn.Module) -> float:
         with torch.no_grad():
-            outputs = network(self._images)
-            return float(bench.detector.distillation(outputs, self._outputs))
+            return float(self._bench.detector.distillation(network(self._images), self._outputs))
 
     def _base_ranges(self, layers: list[str]) -> dict[str, LayerRanges]:
         """Ranges of the base's layers, all calibrated at the first need."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.quiet import QuietSlot
@@ -154,6 +154,13 @@ def recalibrate_norms(
     network: nn.Module, detector: Detector, images: LetterboxedImages, batch_size: int, limit: int = 64
 ) -> None:
     """Measure the BatchNorm statistics anew, as averages over up to `limit` images; weights stay."""
+    count = min(limit, len(images))
+    chunks = [np.arange(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    measure_norms(network, (batch_of(images, detector, chunk, mirrored=False) for chunk in chunks))
+
+
+def measure_norms(network: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the BatchNorm statistics to their averages over batches `(B, 3, H, W)`; ends in evaluation mode."""
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     network.eval()
@@ -162,9 +169,8 @@ def recalibrate_norms(
         norm.momentum = None  # a plain average
         norm.train()
     with torch.no_grad():
-        for first in range(0, min(limit, len(images)), batch_size):
-            indices = np.arange(first, min(first + batch_size, len(images)))
-            network(batch_of(images, detector, indices, mirrored=False))
+        for batch in batches:
+            network(batch)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     network.eval()

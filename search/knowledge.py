@@ -18,6 +18,9 @@ from spaces.space import LABELS
 from spaces.table import Options, SpaceTable
 
 PROBE = "probe"
+FACTOR_RIDGE = 0.1
+FACTORS = (0.1, 10.0)
+"""How far a parameter's weight may leave that of its kind."""
 
 
 @dataclass(frozen=True)
@@ -65,54 +68,63 @@ def measured_damage(table: SpaceTable, study: SearchStudy) -> NDArray[np.float64
 
 @dataclass(frozen=True)
 class LossModel:
-    """Predicted loss of mAP: a weight for each kind of choice on the damages of its parameters.
-
-    Pruning and quantisation damage outputs alike, but fine-tuning repairs them differently; the weights
-    say how much of either is left in mAP after training.
+    """Predicted loss of mAP: the damage of each option times a weight of its parameter.
 
     Attributes:
         damage: `(P, O)`.
-        kinds: `(P,)` index of each parameter's kind.
-        weights: `(K,)` AP points for one unit of damage.
+        weights: `(P,)` AP points for one unit of damage.
     """
 
     damage: NDArray[np.float64]
-    kinds: NDArray[np.int64]
     weights: NDArray[np.float64]
 
     @property
     def loss(self) -> NDArray[np.float64]:
         """Predicted loss `(P, O)` of each option, AP points."""
-        scaled: NDArray[np.float64] = self.damage * self.weights[self.kinds][:, None]
+        scaled: NDArray[np.float64] = self.damage * self.weights[:, None]
         return scaled
 
 
 def fit_loss(
     table: SpaceTable, damage: NDArray[np.float64], finished: Finished, base_map: float
 ) -> LossModel:
-    """Fit the weights to measured losses; large losses count less, for nobody wants their neighbours.
+    """Fit the weights to measured losses of mAP.
 
-    Before anything was measured one unit of damage costs one AP point, which only orders the options.
+    Fine-tuning repairs some damage and not other: pruning more than rounding, late layers more than early
+    ones. So each kind of choice has a weight, and each parameter a factor to it that is 1 unless the
+    trials say otherwise (ridge regression towards 1). Large losses count less, for nobody wants their
+    neighbours. Before anything was measured one unit of damage costs one AP point, which only orders the
+    options.
     """
     labels = list(LABELS.values())
     kinds = np.array([labels.index(name.split(" ", 1)[0]) for name in table.names])
-    count, rows = len(labels), np.arange(len(table.names))
-    weights = np.ones(count)
     changed = finished.options.any(axis=1)
-    if changed.any():
-        options = finished.options[changed]
-        losses = np.maximum(base_map - finished.map[changed], 0.05)
-        single = damage[rows, options]
-        single = np.where(np.isfinite(single), single, 0.0)
-        sums = np.stack([(single * (kinds == k)).sum(axis=1) for k in range(count)], axis=1)
-        scale = 1 / (1 + losses)
-        shrink = 0.1 * np.eye(count) * max(float(sums.mean()), 1e-6)
-        matrix = np.concatenate([sums * scale[:, None], shrink])
-        goal = np.concatenate([losses * scale, shrink @ np.full(count, _overall(sums, losses))])
-        weights = np.maximum(nnls(matrix, goal)[0], 1e-3)
-    return LossModel(damage, kinds, weights)
+    if not changed.any():
+        return LossModel(damage, np.ones(len(kinds)))
+    options = finished.options[changed]
+    losses = np.maximum(base_map - finished.map[changed], 0.05)
+    single = damage[np.arange(len(kinds)), options]
+    single = np.where(np.isfinite(single), single, 0.0)
+    scale = 1 / (1 + losses)
+    weights = _kind_weights(single, kinds, len(labels), losses, scale)[kinds]
+    matrix = single * weights * scale[:, None]
+    gram = matrix.T @ matrix + FACTOR_RIDGE * np.eye(len(kinds))
+    factors = np.linalg.solve(gram, matrix.T @ (losses * scale) + FACTOR_RIDGE)
+    return LossModel(damage, weights * np.clip(factors, *FACTORS))
 
 
-def _overall(sums: NDArray[np.float64], losses: NDArray[np.float64]) -> float:
-    """One weight for all kinds: the median of loss over damage."""
-    return float(np.median(losses / np.maximum(sums.sum(axis=1), 1e-9)))
+def _kind_weights(
+    single: NDArray[np.float64],
+    kinds: NDArray[np.int64],
+    count: int,
+    losses: NDArray[np.float64],
+    scale: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """A weight `(K,)` for each kind of choice, shrunk towards one for all."""
+    sums = np.stack([(single * (kinds == k)).sum(axis=1) for k in range(count)], axis=1)
+    overall = float(np.median(losses / np.maximum(sums.sum(axis=1), 1e-9)))
+    shrink = 0.1 * np.eye(count) * max(float(sums.mean()), 1e-6)
+    matrix = np.concatenate([sums * scale[:, None], shrink])
+    goal = np.concatenate([losses * scale, shrink @ np.full(count, overall)])
+    weights: NDArray[np.float64] = np.maximum(nnls(matrix, goal)[0], 1e-3)
+    return weights

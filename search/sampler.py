@@ -115,15 +115,32 @@ class FrontSampler(BaseSampler):
         return (within[-1] if within else path[0]).options
 
     def _mutated(self, finished: Finished) -> NDArray[np.int64]:
+        """A front member with a few parameters moved by one step.
+
+        Members are drawn by the area that they alone dominate, so that a crowd of near-equal ones has no
+        more say than the point that stands for it.
+        """
         points = np.stack([-finished.map, finished.ratio], axis=1)
         members = [k for k in front(points) if finished.map.max() - finished.map[k] <= self._largest_loss]
-        parent = finished.options[self._random.choice(members)].copy()
+        areas = self._own_areas(points[members])
+        parent = finished.options[self._random.choice(members, p=areas / areas.sum())].copy()
         sizes = self._table.sizes
         for p in self._random.choice(len(parent), size=1 + self._random.poisson(2.0), replace=True):
             step = self._random.choice([-1, 1])
             parent[p] = np.clip(parent[p] + step, 0, sizes[p] - 1)
         mutated: NDArray[np.int64] = parent
         return mutated
+
+    def _own_areas(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Area `(K,)` that each of K points of a front dominates alone; never 0."""
+        corner = points.max(axis=0) + np.array([1.0, 0.05])
+        order = np.argsort(points[:, 0])
+        sorted_points = points[order]
+        left = np.append(sorted_points[1:, 0], corner[0]) - sorted_points[:, 0]
+        below = np.insert(sorted_points[:-1, 1], 0, corner[1]) - sorted_points[:, 1]
+        areas = np.empty(len(points))
+        areas[order] = np.maximum(left * below, 1e-6)
+        return areas
 
     def starts(self) -> list[NDArray[np.int64]]:
         """Where the solver begins: the base, and every bit-width used everywhere."""
