@@ -1,0 +1,56 @@
+"""A few images of the embedded data, and the committed detector on them, small enough for quick tests."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from evaluators.datasets.base import DataConfig, load_splits
+from evaluators.datasets.digits import write_digits
+from evaluators.datasets.letterbox import LetterboxedImages
+from evaluators.quiet import QuietSlot
+from spaces.detectors.base import Detector
+from spaces.detectors.registry import make_detector
+from spaces.detectors.weights import load_weights
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A digits data set in COCO layout: 20 images of fit, 8 of select, 1 of report."""
+    root = tmp_path_factory.mktemp("few") / "digits"
+    return write_digits(root, images={"fit": 20, "select": 8, "report": 1})
+
+
+@pytest.fixture(scope="session")
+def digits_detector() -> Detector:
+    """The embedded default at 96 pixels, where it is quick and still finds digits."""
+    return make_detector("yolox_digits", 10, size=(96, 96))
+
+
+@pytest.fixture(scope="session")
+def digits_base(digits_detector: Detector) -> nn.Module:
+    """Its trained weights, frozen; not to be changed."""
+    network = digits_detector.build().eval().requires_grad_(False)
+    load_weights(network, WEIGHTS)
+    return network
+
+
+@pytest.fixture(scope="session")
+def fit_images(few_digits: Path, digits_detector: Detector) -> LetterboxedImages:
+    """The 20 images of fit at 96 pixels."""
+    split = load_splits(DataConfig(root=few_digits, format="coco"))["fit"]
+    return LetterboxedImages.build(split, digits_detector.preprocess.size, 114, few_digits.parent / "cache")
+
+
+@pytest.fixture
+def slot(tmp_path: Path) -> QuietSlot:
+    """A quiet slot of the test's own, so that studies on this machine are not held up."""
+    return QuietSlot(tmp_path / "slot")
