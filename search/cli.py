@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated
@@ -68,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: of the command line without the program; those of this process if None.
     """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries' talk to programmers; -W or PYTHONWARNINGS brings it back
     try:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except InputError as error:
