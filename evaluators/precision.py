@@ -122,8 +122,10 @@ def _bfloat16_nodes(graph: onnx.ModelProto, layers: frozenset[str]) -> set[str]:
     for node in graph.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    chosen = {_key(n) for n in graph.graph.node if layer_of(n) in layers}
-    followers = [n for n in graph.graph.node if n.op_type in FOLLOWERS]
+    ends = {output.name for output in graph.graph.output}
+    inner = [n for n in graph.graph.node if ends.isdisjoint(n.output)]
+    chosen = {_key(n) for n in inner if layer_of(n) in layers}
+    followers = [n for n in inner if n.op_type in FOLLOWERS]
     # Candidates are dropped until every one left has only bfloat16 sources, and some bfloat16 reader or
     # source: the greatest fixed point, so that whole chains between layers survive together.
     joined = {_key(n) for n in followers}
