@@ -18,6 +18,7 @@ from spaces.space import LABELS
 from spaces.table import Options, SpaceTable
 
 PROBE = "probe"
+ROUNDS = 5
 FACTOR_RIDGE = 0.1
 FACTORS = (0.1, 10.0)
 """How far a parameter's weight may leave that of its kind."""
@@ -92,25 +93,31 @@ def fit_loss(
 
     Fine-tuning repairs some damage and not other: pruning more than rounding, late layers more than early
     ones. So each kind of choice has a weight, and each parameter a factor to it that is 1 unless the
-    trials say otherwise (ridge regression towards 1). Large losses count less, for nobody wants their
-    neighbours. Before anything was measured one unit of damage costs one AP point, which only orders the
-    options.
+    trials say otherwise (ridge regression towards 1). Errors count relative to the geometric mean of
+    measured and predicted loss: relative to the measured one alone, a fit that predicts too little would
+    look good, and the solver would walk into every option that it underrates. Before anything was
+    measured one unit of damage costs one AP point, which only orders the options.
     """
     labels = list(LABELS.values())
     kinds = np.array([labels.index(name.split(" ", 1)[0]) for name in table.names])
     changed = finished.options.any(axis=1)
+    weights = np.ones(len(kinds))
     if not changed.any():
-        return LossModel(damage, np.ones(len(kinds)))
+        return LossModel(damage, weights)
     options = finished.options[changed]
     losses = np.maximum(base_map - finished.map[changed], 0.05)
     single = damage[np.arange(len(kinds)), options]
     single = np.where(np.isfinite(single), single, 0.0)
-    scale = 1 / (1 + losses)
-    weights = _kind_weights(single, kinds, len(labels), losses, scale)[kinds]
-    matrix = single * weights * scale[:, None]
-    gram = matrix.T @ matrix + FACTOR_RIDGE * np.eye(len(kinds))
-    factors = np.linalg.solve(gram, matrix.T @ (losses * scale) + FACTOR_RIDGE)
-    return LossModel(damage, weights * np.clip(factors, *FACTORS))
+    predicted = losses
+    for _ in range(ROUNDS):  # the errors' scale depends on the prediction
+        scale = 1 / (0.5 + np.sqrt(losses * predicted))
+        by_kind = _kind_weights(single, kinds, len(labels), losses, scale)[kinds]
+        matrix = single * by_kind * scale[:, None]
+        gram = matrix.T @ matrix + FACTOR_RIDGE * np.eye(len(kinds))
+        factors = np.linalg.solve(gram, matrix.T @ (losses * scale) + FACTOR_RIDGE)
+        weights = by_kind * np.clip(factors, *FACTORS)
+        predicted = single @ weights
+    return LossModel(damage, weights)
 
 
 def _kind_weights(

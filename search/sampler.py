@@ -109,8 +109,8 @@ class FrontSampler(BaseSampler):
         path = damage_path(loss * noise, model, self.starts())
         if not path:
             return self._mutated(finished)
-        # Square, so that small losses, which people want most, are looked at more often.
-        willing = self._largest_loss * self._random.random() ** 2
+        # Cubed, so that small losses, which people want most, are looked at more often.
+        willing = self._largest_loss * self._random.random() ** 3
         within = [point for point in path if point.damage <= willing]
         return (within[-1] if within else path[0]).options
 
