@@ -1,0 +1,96 @@
+"""The latency model: its features by hand, and that it recovers latencies that are known exactly."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from evaluators.latency_model import LatencyModel, features, fit_latency
+from spaces.capabilities import Capabilities
+from spaces.detectors.yolox import YoloX
+from spaces.sites import find_sites
+from spaces.space import build_space
+from spaces.table import Options, SpaceTable
+from tests.spaces.toy import ToyDetector
+
+CPU = Capabilities(bit_widths=(32, 16, 8), channel_granule=8)
+
+
+@pytest.fixture(scope="module")
+def toy() -> SpaceTable:
+    detector = ToyDetector()
+    return SpaceTable(build_space(detector, find_sites(detector, detector.build()), CPU))
+
+
+@pytest.fixture(scope="module")
+def yolox() -> SpaceTable:
+    detector = YoloX("narrow", 3, (64, 64), depth=0.33, width=0.25, depthwise=True)
+    return SpaceTable(build_space(detector, find_sites(detector, detector.build()), CPU))
+
+
+def drawn(table: SpaceTable, count: int, seed: int) -> Options:
+    """Recipes of all degrees: in each, every parameter leaves the base with a probability of its own."""
+    random = np.random.default_rng(seed)
+    options = random.integers(0, table.sizes, (count, len(table.sizes)))
+    return np.where(random.random(options.shape) < random.random((count, 1)), options, 0)
+
+
+def roofline(table: SpaceTable, options: Options) -> NDArray[np.float64]:
+    """Latencies of another form than the model's: each layer the longer of computing and moving."""
+    shapes = table.shapes(options)
+    speed = np.where(shapes.bits == 8, 3.0, np.where(shapes.bits == 16, 1.8, 1.0))
+    speed = speed * np.where(table.depthwise, 0.2, 1.0)
+    moved = (shapes.inputs + shapes.outputs) * table.positions * shapes.bits / 32
+    return (np.maximum(shapes.macs / speed, 8.0 * moved) + 500).sum(axis=1)
+
+
+def test_features_of_a_network_known_by_heart(toy: SpaceTable) -> None:
+    base = np.zeros((1, len(toy.names)), np.int64)
+    eight = base.copy()
+    eight[0, toy.names.index("bits wide.0")] = 2  # the depthwise layer `thin` and `wide` behind it
+    whole, mixed = features(toy, toy.shapes(base))[0], features(toy, toy.shapes(eight))[0]
+    # Columns: dense, depthwise, written; at 32, 16 and 8 bits; then read behind casts of int8 and of bf16.
+    macs = {"stem": 16 * 27, "left": 16 * 144, "right": 24 * 16, "thin": 40 * 9, "wide": 32 * 40}
+    filled = macs | {"right": 32 * 16, "thin": 48 * 9, "out": 16 * 32}  # whole blocks of 16 channels
+    macs["out"] = 4 * 32
+    total, dense = sum(macs.values()), sum(v for k, v in filled.items() if k != "thin")
+    written = 16 + 16 + 24 + 40 + 32 + 4
+    assert whole == pytest.approx([dense / total, 48 / 40, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1])
+    wide = filled["wide"] / total
+    crossing = (40 + 32) / written  # into `thin`, and out of `wide` into `out`
+    rest = [(dense - filled["wide"]) / total, 0, (written - 72) / written]
+    assert mixed == pytest.approx([*rest, 0, 0, 0, wide, 48 / 40, 72 / written, crossing, 0, 1])
+
+
+def test_it_recovers_latencies_of_its_own_form(yolox: SpaceTable) -> None:
+    weights = np.array([0.3, 0.1, 0.2, 0.2, 0.1, 0.15, 0.12, 0.2, 0.1, 0.05, 0.02, 0.1])
+    truth = LatencyModel(yolox, weights, 0.0)
+    seen, unseen = drawn(yolox, 80, 0), drawn(yolox, 40, 1)
+    model = fit_latency(yolox, seen, truth.predict(seen))
+    errors = np.abs(model.predict(unseen) / truth.predict(unseen) - 1)
+    assert float(np.median(errors)) < 0.02
+    assert model.error < 0.02
+    assert (model.weights >= 0).all()
+
+
+def test_it_predicts_latencies_of_another_form_better_than_macs(yolox: SpaceTable) -> None:
+    seen, unseen = drawn(yolox, 60, 2), drawn(yolox, 40, 3)
+    base = roofline(yolox, np.zeros((1, len(yolox.names)), np.int64))
+    noise = np.random.default_rng(4).normal(1, 0.01, 60)
+    model = fit_latency(yolox, seen, roofline(yolox, seen) / base * noise)
+    measured, predicted = roofline(yolox, unseen) / base, model.predict(unseen)
+    assert float(np.median(np.abs(predicted / measured - 1))) < 0.07
+    order = spearmanr(predicted, measured).statistic
+    assert order > 0.95
+    assert order > spearmanr(yolox.shapes(unseen).macs.sum(1), measured).statistic
+
+
+def test_its_error_is_that_of_recipes_left_out(yolox: SpaceTable) -> None:
+    options = drawn(yolox, 12, 5)
+    ratios = roofline(yolox, options) / roofline(yolox, options * 0)
+    errors = []
+    for k in range(12):
+        others = np.arange(12) != k
+        without = fit_latency(yolox, options[others], ratios[others])
+        errors.append(abs(without.predict(options[[k]])[0] / ratios[k] - 1))
+    assert fit_latency(yolox, options, ratios).error == pytest.approx(float(np.median(errors)), abs=1e-9)
