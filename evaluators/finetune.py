@@ -107,6 +107,9 @@ def fine_tune(
             if not math.isfinite(losses[-1]):
                 raise DivergedError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1}")
         yield Epoch(epoch + 1, float(np.mean(losses)), float(np.median(seconds)))
+    # Kernels round differently by layout: left as it was, so that a network rebuilt from its stored state
+    # calibrates and exports to the very same file.
+    network.to(memory_format=torch.contiguous_format)
     network.eval()
 
 

@@ -1,0 +1,233 @@
+"""A worker's jobs from recipe to Evaluation, on a few digits, without Ray."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from evaluators import pipeline
+from evaluators.accuracy import score_session
+from evaluators.bench import BenchConfig, LatencyConfig
+from evaluators.datasets.base import DataConfig
+from evaluators.evaluation import Evaluation
+from evaluators.exported import ModelCard
+from evaluators.finetune import FineTunePlan
+from evaluators.jobs import Job, StageReport
+from evaluators.pipeline import CandidateWorker
+from evaluators.quiet import QuietSlot
+from evaluators.testing import can_run
+from spaces.apply import parameters, rebuild, same_state
+from spaces.methods.base import Draft
+from spaces.recipe import Prune, Quantize, Recipe, identity
+from spaces.sites import Sites
+from spaces.space import bits_by_layer, total_macs
+
+WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
+
+
+@pytest.fixture(scope="module")
+def worker(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> CandidateWorker:
+    folder = tmp_path_factory.mktemp("study")
+    config = BenchConfig(
+        model="yolox_digits",
+        checkpoint=WEIGHTS,
+        data=DataConfig(root=few_digits, format="coco"),
+        finetune=FineTunePlan(epochs=1, batch_size=5, mirror=False),
+        latency=LatencyConfig(images=4, min_rounds=8, max_rounds=16, time_limit_s=0.5),
+        calibration_images=4,
+        cache=folder / "cache",
+    )
+    worker = CandidateWorker(config, folder / "artifacts")
+    worker.bench.slot = QuietSlot(folder / "slot")  # so that studies on this machine are not held up
+    return worker
+
+
+def mixed(sites: Sites) -> Recipe:
+    """A quarter of the channels of the deepest stage and of the head gone; 8, 16 and 32 bits in turn."""
+    pruned = [name for name in sites.channel if "dark5" in name or name.startswith("head")]
+    widths = [(32, 16, 8)[k % 3] for k in range(len(sites.layer))]
+    choices = [Prune(site=name, sparsity=0.25) for name in pruned]
+    choices += [
+        Quantize(site=name, weight_bits=width, activation_bits=width)
+        for name, width in zip(sites.layer, widths, strict=True)
+    ]
+    return Recipe(detector="yolox_digits", choices=tuple(choices))
+
+
+def pruned_everywhere(sites: Sites, sparsity: float) -> Recipe:
+    choices = tuple(
+        Prune(site=name, sparsity=sparsity) for name, site in sites.channel.items() if site.channels >= 16
+    )
+    return Recipe(detector="yolox_digits", choices=choices)
+
+
+def trial(worker: CandidateWorker, recipe: Recipe, number: int) -> tuple[list[StageReport], Evaluation]:
+    job = Job(kind="trial", name=f"trial {number}", number=number, recipe=recipe, seed=number)
+    reports = list(worker.run(job))
+    assert reports[-1].result is not None
+    return reports, Evaluation.model_validate(reports[-1].result)
+
+
+Done = tuple[list[StageReport], Evaluation]
+
+
+@pytest.fixture(scope="module")
+def base(worker: CandidateWorker) -> Done:
+    return trial(worker, identity("yolox_digits"), 0)
+
+
+@pytest.fixture(scope="module")
+def kept_drafts() -> list[Draft]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def candidate(worker: CandidateWorker, base: Done, kept_drafts: list[Draft]) -> Done:
+    """Trial 1; the network that it trained is kept beside its files."""
+    save = pipeline.save
+
+    def keep(draft: Draft, recipe: Recipe, directory: Path) -> None:
+        kept_drafts.append(copy.deepcopy(draft))
+        save(draft, recipe, directory)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "save", keep)
+        return trial(worker, mixed(worker.bench.sites), 1)
+
+
+def rescored(worker: CandidateWorker, evaluation: Evaluation) -> dict[str, float]:
+    """The figures of the file on disk, loaded as a user would."""
+    assert evaluation.artifact is not None
+    card = ModelCard.beside(Path(evaluation.artifact))
+    bench = worker.bench
+    session = bench.target.prepare(Path(evaluation.artifact), card.runtime.threads, card.runtime.hint)
+    return score_session(session, bench.splits["select"], bench.select, card.preprocess)[0]
+
+
+def test_the_base(worker: CandidateWorker, base: Done) -> None:
+    reports, evaluation = base
+    stages = [report.stage for report in reports]
+    assert stages[:4] == ["compress", "export", "score", "latency"]
+    assert stages[4:] == ["teacher", "train the base further 1/1", "score the base trained further", "done"]
+    metrics = evaluation.metrics
+    assert metrics["map"].value > 50  # 73 on all of report
+    assert metrics["map_trained_further"].value > 50
+    assert metrics["params"].value == parameters(worker.bench.base)
+    assert metrics["macs"].value == total_macs(worker.bench.identity, worker.bench.sites)
+    assert metrics["train_step_ms"].value > 0  # of the base trained further
+    assert set(evaluation.details["kernels"]) == {"f32"}
+    reference = json.loads((worker.artifacts / "base" / "reference.json").read_text())["base_ms"]
+    assert metrics["latency_ms"].value == pytest.approx(metrics["latency_ratio"].value * reference)
+    assert reference == evaluation.details["latency"]["base_ms"]["p50"]
+
+
+def test_a_pruned_and_quantised_candidate(worker: CandidateWorker, base: Done, candidate: Done) -> None:
+    reports, evaluation = candidate
+    bench, recipe = worker.bench, mixed(worker.bench.sites)
+    stages = ["compress", "teacher", "fine-tune 1/1", "export", "score", "latency", "done"]
+    assert [report.stage for report in reports] == stages
+    assert (evaluation.status, evaluation.recipe_key) == ("ok", recipe.key)
+    metrics, before = evaluation.metrics, base[1].metrics
+    assert metrics["macs"].value == total_macs(recipe, bench.sites) < before["macs"].value
+    assert metrics["params"].value < before["params"].value
+    assert evaluation.artifact is not None
+    assert metrics["size_mb"].value == Path(evaluation.artifact).stat().st_size / 1e6
+    assert metrics["size_mb"].value < 0.7 * before["size_mb"].value
+    assert metrics["train_step_ms"].value > 0
+    assert set(evaluation.seconds) >= {"compress", "fine-tune 1/1", "export", "score", "latency", "suspended"}
+    kernels, bits = evaluation.details["kernels"], list(bits_by_layer(recipe, bench.sites).values())
+    assert kernels["i8"] == bits.count(8)
+    if can_run(16):
+        assert kernels == {"i8": bits.count(8), "bf16": bits.count(16), "f32": bits.count(32)}
+
+
+@pytest.mark.parametrize("which", ["base", "candidate"])
+def test_figures_are_those_of_the_written_file(
+    which: str, worker: CandidateWorker, request: pytest.FixtureRequest
+) -> None:
+    _, evaluation = request.getfixturevalue(which)
+    again = rescored(worker, evaluation)
+    for name, value in again.items():
+        if np.isfinite(value):
+            assert evaluation.metrics[name].value == pytest.approx(value, abs=1e-9)
+        else:
+            assert name not in evaluation.metrics
+    card = ModelCard.beside(Path(evaluation.artifact))
+    assert card.figures["map"] == evaluation.metrics["map"].value
+    assert card.recipe.key == evaluation.recipe_key
+    ratio = evaluation.metrics["latency_ratio"]
+    assert ratio.low <= ratio.value <= ratio.high
+    assert evaluation.split == str(worker.bench.splits["select"].source)
+
+
+def test_the_stored_state_rebuilds_the_network_bit_for_bit(
+    worker: CandidateWorker, candidate: Done, kept_drafts: list[Draft], tmp_path: Path
+) -> None:
+    bench, folder = worker.bench, Path(candidate[1].artifact).parent
+    recipe, draft = rebuild(bench.detector.build().eval(), folder)
+    assert recipe == mixed(bench.sites)
+    (trained,) = kept_drafts
+    assert (draft.channels, draft.bits) == (trained.channels, trained.bits)
+    assert same_state(draft.network.state_dict(), trained.network.state_dict())
+    images = torch.from_numpy(np.concatenate(bench.inputs(bench.select, 2)))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(_outputs(draft.network, images), _outputs(trained.network, images), strict=True)
+    )
+    model, _ = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, tmp_path)
+    assert model.read_bytes() == (folder / "model.onnx").read_bytes()
+
+
+def _outputs(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    with torch.no_grad():
+        outputs: tuple[torch.Tensor, ...] = network(images)
+    return outputs
+
+
+def test_a_trial_repeats_itself(worker: CandidateWorker, candidate: Done) -> None:
+    """Same recipe, same seed: the same detector, whoever was evaluated in between."""
+    folder = Path(candidate[1].artifact).parent
+    list(worker.run(Job(kind="trial", name="again", number=7, recipe=mixed(worker.bench.sites), seed=1)))
+    states = [rebuild(worker.bench.detector.build(), f)[1] for f in (folder, folder.with_name("trial-00007"))]
+    assert same_state(*(draft.network.state_dict() for draft in states))
+
+
+def test_damage_grows_with_what_is_done(worker: CandidateWorker) -> None:
+    sites = worker.bench.sites
+    everywhere = [
+        Recipe(
+            detector="yolox_digits",
+            choices=tuple(Quantize(site=s, weight_bits=width, activation_bits=width) for s in sites.layer),
+        )
+        for width in (16, 8)
+    ]
+    recipes = [
+        identity("yolox_digits"),
+        *everywhere,
+        pruned_everywhere(sites, 0.25),
+        pruned_everywhere(sites, 0.75),
+    ]
+    job = Job(kind="damage", name="damage", payload={"recipes": [recipe.to_json() for recipe in recipes]})
+    *_, last = worker.run(job)
+    assert last.result is not None
+    damage = [last.result["damage"][recipe.key] for recipe in recipes]
+    assert damage[0] == pytest.approx(0.0, abs=1e-6)
+    assert damage == sorted(damage)
+    assert 0 < damage[1] < 0.5 * damage[2] < damage[3]
+    assert last.result["seconds"] > 0
+
+
+def test_a_probe_times_shapes_and_leaves_nothing_behind(worker: CandidateWorker) -> None:
+    recipe = pruned_everywhere(worker.bench.sites, 0.75)
+    *_, last = worker.run(Job(kind="probe", name="probe", recipe=recipe))
+    assert last.result is not None
+    assert last.result["low"] <= last.result["ratio"] <= last.result["high"]
+    assert last.result["ratio"] < 0.8, "a quarter of the channels cannot take as long as all of them"
+    assert last.result["base_ms"] > 0
+    assert list((worker.artifacts / "probes").iterdir()) == []
