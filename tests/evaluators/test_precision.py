@@ -131,6 +131,14 @@ def test_readers_of_one_tensor_share_a_pair() -> None:
     onnx.checker.check_model(both, full_check=True)
 
 
+def test_what_a_layer_produces_is_not_rounded_again_by_its_reader() -> None:
+    graph = chain()
+    for node in graph.graph.node[3:5]:
+        node.input[0] = "a"  # b and c read what a produces
+    both = quantized(graph, dict.fromkeys("abc", SPAN), outputs_too=True)
+    assert kinds(both).count("QuantizeLinear") == 1 + 3  # x; a, b and c
+
+
 def test_a_saturated_range_clips() -> None:
     narrow = LayerRanges(read=Range(0.0, 1.0), written=SPAN.written)
     a = conv(np.clip(np.round(X * 255), 0, 255) / 255, rounded_weight(WEIGHTS["a"]))
