@@ -77,6 +77,9 @@ class Asker:
             The candidate, None where only repeats came; and (number, number of the original) of the
             repeats that were answered with a stored result.
         """
+        if not self._seeded:  # not for the base: samplers may need what is prepared beside it
+            self._study.optuna.sampler = self._parts.sampler(self._run_seed())
+            self._seeded = True
         answered: list[tuple[int, int]] = []
         while len(self.twins_of) <= RE_ASKS:
             candidate = self._held.popleft() if self._held else self._claim()
@@ -134,9 +137,6 @@ class Asker:
 
     def _claim(self) -> Candidate:
         study = self._study.optuna
-        if not self._seeded:
-            study.sampler = self._parts.sampler(self._run_seed())
-            self._seeded = True
         with warnings.catch_warnings():
             # `Driver` keeps the heartbeats of asked trials.
             warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")
