@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 from evaluators.datasets.base import DataConfig, load_splits
@@ -15,11 +14,6 @@ from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
