@@ -33,8 +33,9 @@ test: setup  ## lint, types, layers, tests
 dashboard: setup  ## look at the studies in a browser, on this machine only
 	$(BIN)/paredown dashboard
 
-bench: setup  ## measure the figures of the README again
-	$(BIN)/python scripts/benchmark.py
+STUDY ?= digits
+bench: setup  ## a finished study beside its peers, timed in one run: make bench STUDY=NAME
+	$(BIN)/paredown benchmark peers --study $(STUDY)
 
 clean:  ## remove .venv and caches; studies in runs/ stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

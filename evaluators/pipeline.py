@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from evaluators.finetune import fine_tune, recalibrate_norms
 from evaluators.jobs import Job, StageReport
 from evaluators.latency import PairedLatency, measure_pair
 from evaluators.memory import peak_memory_mb
+from evaluators.stage_clock import StageClock
 from evaluators.targets.base import Session
 from spaces.apply import apply, parameters, save
 from spaces.methods.base import Draft
@@ -51,7 +51,7 @@ class CandidateWorker:
 
     def _trial(self, job: Job) -> Iterator[StageReport]:
         assert job.recipe is not None
-        clock, bench, recipe = _Clock(self.bench), self.bench, job.recipe
+        clock, bench, recipe = StageClock(self.bench.slot), self.bench, job.recipe
         folder = self.artifacts / f"trial-{job.number:05d}"
         with bench.slot.computing():
             draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
@@ -86,7 +86,7 @@ class CandidateWorker:
         yield StageReport(stage="done", result=evaluation.model_dump(mode="json"))
 
     def _fine_tune(
-        self, network: nn.Module, seed: int, clock: _Clock, step_ms: list[float], named: str = "fine-tune"
+        self, network: nn.Module, seed: int, clock: StageClock, step_ms: list[float], named: str = "fine-tune"
     ) -> Iterator[StageReport]:
         """Train in place, a report an epoch. The teacher's outputs are made by whoever comes first."""
         bench = self.bench
@@ -212,7 +212,7 @@ class CandidateWorker:
         return float(json.loads(file.read_text())["base_ms"])
 
     def _trained_further(
-        self, seed: int, clock: _Clock, metrics: dict[str, Measurement]
+        self, seed: int, clock: StageClock, metrics: dict[str, Measurement]
     ) -> Iterator[StageReport]:
         """What the base gains from a candidate's budget: a base that still learns would flatter losses."""
         bench = self.bench
@@ -233,7 +233,7 @@ class CandidateWorker:
 
     def _damage(self, job: Job) -> Iterator[StageReport]:
         """Damage of single choices, without training; payload `recipes`: JSON of each."""
-        clock = _Clock(self.bench)
+        clock = StageClock(self.bench.slot)
         damage = Damage(self.bench)
         yield clock.ended("load", "measure")
         found = {}
@@ -246,7 +246,7 @@ class CandidateWorker:
     def _probe(self, job: Job) -> Iterator[StageReport]:
         """Latency of a recipe without training: shapes and bit-widths alone decide it."""
         assert job.recipe is not None
-        clock, bench = _Clock(self.bench), self.bench
+        clock, bench = StageClock(self.bench.slot), self.bench
         folder = self.artifacts / "probes" / job.recipe.key
         with bench.slot.computing():
             draft = apply(bench.base, job.recipe, bench.sites)
@@ -266,30 +266,6 @@ class CandidateWorker:
             "base_ms": paired.base_ms.p50,
         }
         yield StageReport(stage="latency", result=result)
-
-
-class _Clock:
-    """Seconds per stage, the time suspended for measurements of others apart."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._bench = bench
-        self._started = self._last = time.perf_counter()
-        self._waited = bench.slot.waited_seconds
-        self.seconds: dict[str, float] = {"suspended": 0.0}
-
-    def ended(self, stage: str, coming: str) -> StageReport:
-        """The report of a stage that has just ended."""
-        now, waited = time.perf_counter(), self._bench.slot.waited_seconds
-        took, held = now - self._last, waited - self._waited
-        self._last, self._waited = now, waited
-        self.seconds[stage] = round(took - held, 3)
-        self.seconds["suspended"] = round(self.seconds["suspended"] + held, 3)
-        return StageReport(stage=stage, seconds=took, waited=held, next_stage=coming)
-
-    @property
-    def total(self) -> float:
-        """Seconds since the job began."""
-        return time.perf_counter() - self._started
 
 
 def _kernels(session: Session) -> dict[str, int]:

@@ -192,7 +192,7 @@ def _finale(settings: SearchConfig, bench: Bench, study: SearchStudy, storage: s
     print_front(study, front, Path("runs") / study.name)
     try:
         _, drop = settings.problem.limits.get("map_drop", ("<=", 1.0))
-        number = best_within(front, drop).number
+        number = best_within(front, min(drop, 1.0)).number
     except InputError:  # nothing loses so little
         number = front.rows[0].number
     place = [] if storage == DEFAULT_STORAGE else ["--storage", storage]
