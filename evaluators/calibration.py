@@ -83,9 +83,11 @@ def best_range(values: NDArray[np.float32], levels: int = 256) -> Range:
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     if high - low < 1e-12:
         return Range(0.0, 1e-6)
-    errors = [_error(values, low * clip, high * clip, levels) for clip in CLIPS]
-    clip = float(CLIPS[int(np.argmin(errors))])
-    return Range(low * clip, high * clip)
+    # Only ends that are far out are worth clipping: what SiLU leaves below 0 is crowded at its very end.
+    far = max(-low, high) / 2
+    spans = [(low * (clip if -low > far else 1), high * (clip if high > far else 1)) for clip in CLIPS]
+    errors = [_error(values, *span, levels) for span in spans]
+    return Range(*spans[int(np.argmin(errors))])
 
 
 def _error(values: NDArray[np.float32], low: float, high: float, levels: int) -> float:
