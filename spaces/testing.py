@@ -1,4 +1,4 @@
-"""Contract tests that ship with the package: what every Detector and every Method must do.
+"""The contract test of detectors, which ships with the package. That of methods: `spaces.methods.testing`.
 
 Derive a class in a test module, override the fixture, and pytest runs the contract:
 
@@ -12,7 +12,6 @@ A small input size keeps it fast.
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 
@@ -22,15 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from spaces.apply import apply, same_state
-from spaces.capabilities import Capabilities
 from spaces.detectors.base import Detector, Labels, Outputs
-from spaces.errors import InputError
 from spaces.layers import is_layer, trace_layers
-from spaces.methods.base import Draft, Method
-from spaces.recipe import Choice, Prune, Recipe, is_identity
-from spaces.sites import Sites, find_sites
-
-EVERYTHING = Capabilities(bit_widths=(32, 16, 8), channel_granule=8)
+from spaces.recipe import Prune, Recipe
+from spaces.sites import find_sites
 
 
 def noise(detector: Detector, count: int, seed: int = 0) -> Tensor:
@@ -104,9 +98,9 @@ class DetectorContract:
 
     def test_images_of_a_batch_do_not_touch_each_other(self, detector: Detector) -> None:
         network, images = lively_network(detector), noise(detector, 2)
-        both = _outputs(network, images)
+        both = outputs_of(network, images)
         for k in range(2):
-            for alone, together in zip(_outputs(network, images[k : k + 1]), both, strict=True):
+            for alone, together in zip(outputs_of(network, images[k : k + 1]), both, strict=True):
                 torch.testing.assert_close(alone[0], together[k], rtol=1e-3, atol=1e-3)
 
     def test_loss_is_finite_with_and_without_boxes(self, detector: Detector) -> None:
@@ -122,14 +116,14 @@ class DetectorContract:
             assert any(bool(g.any()) for g in gradients)
 
     def test_loss_does_not_depend_on_the_size_of_the_batch(self, detector: Detector) -> None:
-        outputs = _outputs(lively_network(detector), noise(detector, 1))
+        outputs = outputs_of(lively_network(detector), noise(detector, 1))
         labels, twice = _labels(detector, 3), tuple(torch.cat((o, o)) for o in outputs)
         single, double = detector.loss(outputs, [labels]), detector.loss(twice, [labels, labels])
         torch.testing.assert_close(double, single, rtol=1e-4, atol=1e-4)
 
     def test_distillation_is_0_where_outputs_agree_and_more_elsewhere(self, detector: Detector) -> None:
         images = noise(detector, 2)
-        teacher, student = _outputs(lively_network(detector), images), lively_network(detector, seed=1)
+        teacher, student = outputs_of(lively_network(detector), images), lively_network(detector, seed=1)
         assert float(detector.distillation(teacher, teacher)) == pytest.approx(0.0, abs=1e-4)
         distance = detector.distillation(student(images), teacher)
         distance.backward()  # type: ignore[no-untyped-call]
@@ -138,7 +132,7 @@ class DetectorContract:
         assert any(p.grad is not None and bool(p.grad.any()) for p in student.parameters())
 
     def test_decode_gives_boxes_and_scores(self, detector: Detector) -> None:
-        boxes, scores = detector.decode(_outputs(lively_network(detector), noise(detector, 2)))
+        boxes, scores = detector.decode(outputs_of(lively_network(detector), noise(detector, 2)))
         count = boxes.shape[1]
         assert boxes.shape == (2, count, 4)
         assert scores.shape == (2, count, detector.num_classes)
@@ -167,7 +161,7 @@ class DetectorContract:
         simple = detector.simplified(network)
         assert not simple.training
         assert same_state(network.state_dict(), before)
-        for ours, plain in zip(_outputs(simple, images), _outputs(network, images), strict=True):
+        for ours, plain in zip(outputs_of(simple, images), outputs_of(network, images), strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-3, atol=2e-3)
         size = detector.preprocess.size
         assert trace_layers(simple, size).keys() == trace_layers(network, size).keys()
@@ -184,102 +178,17 @@ class DetectorContract:
         network, images = lively_network(detector), noise(detector, 1)
         sites = find_sites(detector, network)
         choices = tuple(Prune(site=name, sparsity=0.5) for name in sites.channel)
-        whole = _outputs(network, images)
+        whole = outputs_of(network, images)
         for chosen in (choices[:1], choices):
             recipe = Recipe(detector=detector.name, choices=chosen)
             pruned = apply(network, recipe, sites).network
-            assert [o.shape for o in _outputs(pruned, images)] == [o.shape for o in whole]
+            assert [o.shape for o in outputs_of(pruned, images)] == [o.shape for o in whole]
             decoding = _Decoding(detector.simplified(pruned), detector)
             with torch.no_grad():
                 boxes, scores = decoding(images)
             served_boxes, served_scores = _served(decoding, images)
             torch.testing.assert_close(served_scores, scores, rtol=0, atol=1e-3)
             torch.testing.assert_close(served_boxes, boxes, rtol=1e-3, atol=0.05)  # pixels
-
-
-class MethodContract:
-    """Override the fixtures `method` and, for other layers than a small YOLOX has, `detector`."""
-
-    capabilities = EVERYTHING
-
-    @pytest.fixture
-    def method(self) -> Method:
-        """The method under test."""
-        raise NotImplementedError("override the fixture `method`")
-
-    @pytest.fixture
-    def detector(self) -> Detector:
-        """The detector to try it on, at a small input size."""
-        raise NotImplementedError("override the fixture `detector`")
-
-    @pytest.fixture
-    def network(self, detector: Detector) -> nn.Module:
-        """A base network of that detector."""
-        return lively_network(detector)
-
-    @pytest.fixture
-    def sites(self, detector: Detector, network: nn.Module) -> Sites:
-        """Its sites."""
-        return find_sites(detector, network)
-
-    @pytest.fixture
-    def options(self, method: Method, sites: Sites) -> dict[str, tuple[Choice, ...]]:
-        """What the method offers there."""
-        return method.options(sites, self.capabilities)
-
-    def test_options_are_of_its_kind_and_the_first_changes_nothing(
-        self, method: Method, sites: Sites, options: dict[str, tuple[Choice, ...]]
-    ) -> None:
-        assert isinstance(method, Method)
-        assert any(len(choices) > 1 for choices in options.values())
-        for site, choices in options.items():
-            assert all((choice.kind, choice.site) == (method.kind, site) for choice in choices)
-            assert [is_identity(choice) for choice in choices] == [k == 0 for k in range(len(choices))]
-            assert len(set(choices)) == len(choices)
-            for choice in choices:
-                method.check(choice, sites)
-
-    def test_identity_leaves_outputs_bit_equal(
-        self,
-        method: Method,
-        detector: Detector,
-        network: nn.Module,
-        sites: Sites,
-        options: dict[str, tuple[Choice, ...]],
-    ) -> None:
-        draft, images = Draft(copy.deepcopy(network)), noise(detector, 1)
-        method.apply(draft, [choices[0] for choices in options.values()], sites, {})
-        for ours, plain in zip(_outputs(draft.network, images), _outputs(network, images), strict=True):
-            assert torch.equal(ours, plain)
-
-    def test_every_option_can_be_carried_out(
-        self,
-        method: Method,
-        detector: Detector,
-        network: nn.Module,
-        sites: Sites,
-        options: dict[str, tuple[Choice, ...]],
-    ) -> None:
-        """The k-th options of all sites together, then the strongest one alone at a dozen of the sites."""
-        images = noise(detector, 1)
-        whole = [o.shape for o in _outputs(network, images)]
-        most = max(len(choices) for choices in options.values())
-        together = [[c[min(k, len(c) - 1)] for c in options.values()] for k in range(1, most)]
-        alone = [[choices[-1]] for choices in options.values() if len(choices) > 1]
-        for chosen in together + alone[:: 1 + len(alone) // 12]:
-            draft = Draft(copy.deepcopy(network))
-            method.apply(draft, chosen, sites, {})
-            outputs = _outputs(draft.network, images)
-            assert [o.shape for o in outputs] == whole
-            assert all(bool(torch.isfinite(o).all()) for o in outputs)
-
-    def test_unknown_sites_are_refused_in_one_line(
-        self, method: Method, sites: Sites, options: dict[str, tuple[Choice, ...]]
-    ) -> None:
-        elsewhere = next(iter(options.values()))[-1].model_copy(update={"site": "no.such.site"})
-        with pytest.raises(InputError, match=r"no\.such\.site") as caught:
-            method.check(elsewhere, sites)
-        assert "\n" not in str(caught.value)
 
 
 class _Decoding(nn.Module):
@@ -293,7 +202,8 @@ class _Decoding(nn.Module):
         return self.detector.decode(self.network(images))
 
 
-def _outputs(network: nn.Module, images: Tensor) -> Outputs:
+def outputs_of(network: nn.Module, images: Tensor) -> Outputs:
+    """Raw outputs, without gradients."""
     with torch.no_grad():
         outputs: Outputs = network(images)
     return outputs

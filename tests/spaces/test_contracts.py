@@ -7,7 +7,8 @@ from spaces.detectors.registry import make_detector
 from spaces.detectors.yolox import YoloX
 from spaces.methods.base import Method
 from spaces.methods.registry import METHODS
-from spaces.testing import DetectorContract, MethodContract
+from spaces.methods.testing import MethodContract
+from spaces.testing import DetectorContract
 
 
 class TestYoloX(DetectorContract):
