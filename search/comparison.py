@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from evaluators.accuracy import map_difference_interval, score_session
 from evaluators.bench import Bench
 from evaluators.latency import measure_many
 from evaluators.targets.base import Session
+from search.figures import front_png
+from search.front import Front
+from search.report import Peer
 
 ROUNDS = (60, 240)
 SECONDS_A_MODEL = 6.0
@@ -121,6 +124,44 @@ def write_report(
     _write(file, "\n".join(lines))
     content = {"title": title, "facts": dict(facts), "models": [asdict(row) for row in rows]}
     _write(file.with_suffix(".json"), json.dumps(content, indent=1))
+
+
+def write_picture(
+    file: Path, front: Front, compared: Sequence[Compared], split: str, title: str, subtitle: str
+) -> None:
+    """Draw the front and its peers as they were measured together.
+
+    Args:
+        file: `.png`.
+        front: of the study; its rows give numbers and sizes, `compared` the figures.
+        compared: trials under the names `trial N`, everything else is a peer.
+        split: whose mAP is drawn.
+    """
+    found = {row.name: row for row in compared}
+    rows = []
+    for row in front.rows:
+        measured = found.get(f"trial {row.number}")
+        if measured is not None:
+            ratio, low, high = measured.ratio
+            rows.append(
+                replace(
+                    row,
+                    map=measured.map[split],
+                    split=split,
+                    latency_ms=ratio * front.base.latency_ms,
+                    latency_ratio=ratio,
+                    ratio_low=low,
+                    ratio_high=high,
+                )
+            )
+    best = max(row.map[split] for row in compared)
+    peers = [
+        Peer(row.name, row.map[split], *row.ratio)
+        for row in compared[1:]
+        if not row.name.startswith("trial ") and row.map[split] > best - 8
+    ]
+    base = replace(front.base, map=compared[0].map[split], split=split, latency_ratio=1.0)
+    front_png(file, rows, base, peers=peers, title=title, subtitle=subtitle)
 
 
 def facts_of(bench: Bench, command: str) -> dict[str, str]:

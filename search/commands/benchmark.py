@@ -45,7 +45,8 @@ def peers(
     from evaluators.bench import Bench
     from evaluators.exported import MODEL_FILE, ModelCard
     from evaluators.targets.openvino_cpu import OpenVinoSession
-    from search.comparison import compare, facts_of, write_report
+    from search.comparison import compare, facts_of, write_picture, write_report
+    from search.front import front_of, subtitle_of
     from search.peers import openvino_peers
     from search.retention import base_number, front_numbers
     from search.study import load_study
@@ -65,9 +66,13 @@ def peers(
         if file.is_file():
             session = OpenVinoSession(file, threads, ModelCard.beside(file).runtime.hint)
             models[f"trial {number}"] = (session, file)
-    rows = compare(bench, models, "OpenVINO f32", split or ["select", "report"], say)
+    splits = split or ["select", "report"]
+    rows = compare(bench, models, "OpenVINO f32", splits, say)
     report = output / f"peers_{study}.md"
     facts = facts_of(bench, shlex.join(["paredown", *sys.argv[1:]]))
-    write_report(report, f"Front of {study} and its peers", rows, "OpenVINO bf16", facts)
+    title = f"Front of {study} and its peers"
+    write_report(report, title, rows, "OpenVINO bf16", facts)
+    front = front_of(opened)
+    write_picture(report.with_suffix(".png"), front, rows, splits[-1], title, subtitle_of(opened))
     say(report.read_text())
     return 0
