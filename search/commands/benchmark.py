@@ -69,7 +69,8 @@ def peers(
     splits = split or ["select", "report"]
     rows = compare(bench, models, "OpenVINO f32", splits, say)
     report = output / f"peers_{study}.md"
-    facts = facts_of(bench, shlex.join(["paredown", *sys.argv[1:]]))
+    given = [word for word in sys.argv[1:] if word != "benchmark"]  # the script leaves it out
+    facts = facts_of(bench, shlex.join(["paredown", "benchmark", *given]))
     title = f"Front of {study} and its peers"
     write_report(report, title, rows, "OpenVINO bf16", facts)
     front = front_of(opened)
