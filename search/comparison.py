@@ -76,9 +76,10 @@ def compare(
         say(f"scoring them on {split_name} ({len(split.images)} images)")
         images, found = bench.images(split), {}
         for name, session in sessions.items():
-            figures[name][split_name], found[name] = score_session(
-                session, split, images, bench.detector.preprocess
-            )
+            with bench.slot.computing():
+                figures[name][split_name], found[name] = score_session(
+                    session, split, images, bench.detector.preprocess
+                )
         for name in models:
             differences[name][split_name] = map_difference_interval(split, found[name], found[base])
     return [

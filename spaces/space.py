@@ -14,7 +14,7 @@ from spaces.detectors.base import Detector
 from spaces.errors import InputError
 from spaces.methods.prune import kept_channels
 from spaces.methods.registry import METHODS
-from spaces.recipe import Choice, Factorize, Prune, Quantize, Recipe
+from spaces.recipe import Choice, Factorize, Prune, Quantize, Recipe, is_identity
 from spaces.sites import Sites
 
 Granularity = Literal["layer", "block", "stage"]
@@ -106,7 +106,7 @@ class SearchSpace:
             here = {(c.kind, c.site) for choices in parameter.choices for c in choices}
             mine = {wanted.pop(place) for place in here if place in wanted}
             for value, choices in zip(parameter.values, parameter.choices, strict=True):
-                if {c for c in choices if not _changes_nothing(c)} == mine:
+                if {c for c in choices if not is_identity(c)} == mine:
                     result[name] = value
                     break
             else:
@@ -202,10 +202,6 @@ def _value(choice: Choice) -> float:
             return float(choice.weight_bits)
         case Factorize():
             return choice.rank_ratio
-
-
-def _changes_nothing(choice: Choice) -> bool:
-    return Recipe(detector="", choices=(choice,)).is_identity
 
 
 def kept_by_site(recipe: Recipe, sites: Sites) -> dict[str, int]:
