@@ -24,7 +24,9 @@ from spaces.recipe import Recipe
 from spaces.table import SpaceTable
 
 SEEDS_SHARE = 0.3
-"""Share of the trials that the seeds may take."""
+MOST_SEEDS = 6
+"""Share of the trials that the seeds may take, and their largest number: they show what a unit of damage
+costs on this detector, and with that known the sampler's own solutions are better ones."""
 PROBES = 16
 CHUNKS = 8
 
@@ -91,19 +93,25 @@ class Strategy:
     def seeds(self, damage: NDArray[np.float64], model: LatencyModel) -> list[NDArray[np.int64]]:
         """Recipes spaced evenly by the logarithm of their damage, the mildest first.
 
-        The mildest is allowed what the widest bit-width below 32 does to all layers: that is free in
-        practice. The strongest has a quarter of the largest damage, beyond which nothing is left.
+        The mildest is allowed what bfloat16 in all layers does, where the target has it: that is free in
+        practice. The strongest has an eighth of the largest damage, beyond which nothing is left.
         """
         starts = uniform_starts(self._table)
         path = damage_path(damage, model, starts)
         if not path:
             return []
-        count = max(3, round(SEEDS_SHARE * self._trials))
-        mildest = starts[min(1, len(starts) - 1)]
-        free = float(damage[np.arange(len(mildest)), mildest].sum())
-        low = max(path[0].damage, free, 1e-3 * path[-1].damage)
-        wanted = low * np.geomspace(1.0, max(path[-1].damage / low / 4, 2.0), count)
+        count = min(max(3, round(SEEDS_SHARE * self._trials)), MOST_SEEDS)
+        low = max(path[0].damage, self._free(damage), 1e-3 * path[-1].damage)
+        wanted = low * np.geomspace(1.0, max(path[-1].damage / low / 8, 2.0), count)
         return [point.options for point in at_damages(path, wanted)]
+
+    def _free(self, damage: NDArray[np.float64]) -> float:
+        """Damage of bfloat16 in all layers; 0 where the space does not offer it."""
+        total = 0.0
+        for p, parameter in enumerate(self._space.parameters.values()):
+            if parameter.kind == "quantize" and 16.0 in parameter.values:
+                total += float(damage[p, parameter.values.index(16.0)])
+        return total
 
     def _latency(self, finished: Finished) -> LatencyModel:
         model = measured_latency(self._table, self._study, finished)

@@ -58,7 +58,11 @@ class Target(Protocol):
     """An engine with its settings. Stateless; sessions hold what was loaded."""
 
     name: str
-    capabilities: Capabilities
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this engine runs natively on this machine."""
+        ...
 
     def signature(self, threads: int) -> dict[str, Any]:
         """What latencies depend on: engine and version, CPU model, ISA, threads, precision hint."""
