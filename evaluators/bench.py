@@ -96,10 +96,7 @@ class Bench:
     @cached_property
     def sites(self) -> Sites:
         """Sites on the base graph; layers share bit-widths where the space would grow too large."""
-        sites = find_sites(self.detector, self.base)
-        if len(sites.channel) + len(sites.layer) > MAX_PARAMETERS:
-            sites = find_sites(self.detector, self.base, MAX_PARAMETERS - len(sites.channel))
-        return sites
+        return find_sites(self.detector, self.base, MAX_PARAMETERS)
 
     @cached_property
     def space(self) -> SearchSpace:

@@ -15,6 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from evaluators.latency_model import LatencyModel
 from evaluators.ranking import front
 from search.knowledge import Finished, finished_trials, fit_loss
+from search.seeds import uniform_starts
 from search.solver import damage_path
 from spaces.table import SpaceTable
 
@@ -44,6 +45,7 @@ class FrontSampler(BaseSampler):
         relearn: called with the finished trials before each proposal.
         largest_loss: AP points; proposals expected to lose more are not made.
         seed: of everything random.
+        mutations: share of proposals that mutate a member of the front; the others are solved for.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class FrontSampler(BaseSampler):
         relearn: Callable[[Finished], LatencyModel],
         largest_loss: float = LARGEST_LOSS,
         seed: int | None = None,
+        mutations: float = MUTATIONS,
     ) -> None:
         self._table, self._damage, self._relearn = table, damage, relearn
-        self._largest_loss = largest_loss
+        self._largest_loss, self._mutations = largest_loss, mutations
         self._random = np.random.default_rng(seed)
         self._fallback = RandomSampler(seed=seed)
 
@@ -88,7 +91,7 @@ class FrontSampler(BaseSampler):
         model = self._relearn(finished)
         for attempt in range(ATTEMPTS):
             solved_enough = attempt >= ATTEMPTS // 4  # what the solver says here was done already
-            if solved_enough or (self._random.random() < MUTATIONS and len(finished.map) > 2):
+            if solved_enough or (self._random.random() < self._mutations and len(finished.map) > 2):
                 options = self._mutated(finished)
             else:
                 options = self._solved(finished, model)
@@ -145,10 +148,3 @@ class FrontSampler(BaseSampler):
     def starts(self) -> list[NDArray[np.int64]]:
         """Where the solver begins: the base, and every bit-width used everywhere."""
         return uniform_starts(self._table)
-
-
-def uniform_starts(table: SpaceTable) -> list[NDArray[np.int64]]:
-    """The base, and for each bit-width of the space all layers at it; nothing pruned."""
-    bits = np.array([name.startswith("bits ") for name in table.names])
-    most = int(table.sizes[bits].max(initial=1))
-    return [np.where(bits, np.minimum(k, table.sizes - 1), 0) for k in range(most)]

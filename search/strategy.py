@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 
 from evaluators.bench import Bench
@@ -15,18 +14,14 @@ from evaluators.jobs import Job
 from evaluators.latency_model import LatencyModel
 from evaluators.ranking import Problem
 from search.knowledge import PROBE, Finished, finished_trials, measured_damage, measured_latency
-from search.sampler import LARGEST_LOSS, FrontSampler, uniform_starts
+from search.sampler import LARGEST_LOSS, FrontSampler
+from search.seeds import seed_recipes, uniform_starts
 from search.sensitivity import sensitivity_jobs
-from search.solver import at_damages, damage_path
 from search.study import SearchStudy
 from spaces.errors import InputError
 from spaces.recipe import Recipe
 from spaces.table import SpaceTable
 
-SEEDS_SHARE = 0.3
-MOST_SEEDS = 6
-"""Share of the trials that the seeds may take, and their largest number: they show what a unit of damage
-costs on this detector, and with that known the sampler's own solutions are better ones."""
 PROBES = 16
 CHUNKS = 8
 
@@ -87,31 +82,8 @@ class Strategy:
             return
         trials = self._study.optuna.get_trials(deepcopy=False)
         model = self._latency(finished_trials(self._table, trials))
-        for options in self.seeds(damage, model):
+        for options in seed_recipes(self._table, damage, model, self._trials):
             self._study.optuna.enqueue_trial(self._table.params(options), user_attrs={"origin": "seed"})
-
-    def seeds(self, damage: NDArray[np.float64], model: LatencyModel) -> list[NDArray[np.int64]]:
-        """Recipes spaced evenly by the logarithm of their damage, the mildest first.
-
-        The mildest is allowed what bfloat16 in all layers does, where the target has it: that is free in
-        practice. The strongest has an eighth of the largest damage, beyond which nothing is left.
-        """
-        starts = uniform_starts(self._table)
-        path = damage_path(damage, model, starts)
-        if not path:
-            return []
-        count = min(max(3, round(SEEDS_SHARE * self._trials)), MOST_SEEDS)
-        low = max(path[0].damage, self._free(damage), 1e-3 * path[-1].damage)
-        wanted = low * np.geomspace(1.0, max(path[-1].damage / low / 8, 2.0), count)
-        return [point.options for point in at_damages(path, wanted)]
-
-    def _free(self, damage: NDArray[np.float64]) -> float:
-        """Damage of bfloat16 in all layers; 0 where the space does not offer it."""
-        total = 0.0
-        for p, parameter in enumerate(self._space.parameters.values()):
-            if parameter.kind == "quantize" and 16.0 in parameter.values:
-                total += float(damage[p, parameter.values.index(16.0)])
-        return total
 
     def _latency(self, finished: Finished) -> LatencyModel:
         model = measured_latency(self._table, self._study, finished)

@@ -76,18 +76,18 @@ class Sites:
         return result
 
 
-def find_sites(detector: Detector, network: nn.Module, max_layer_sites: int | None = None) -> Sites:
+def find_sites(detector: Detector, network: nn.Module, max_sites: int | None = None) -> Sites:
     """Trace a base network and name its sites.
 
     Channel sites are torch-pruning's dependency groups (Fang et al. 2023, arXiv 2301.12900), the output
     layers left out. They carry the name of the first layer that produces their channels. Layer sites are
     one layer each, a depthwise convolution joined to the layer that reads it; where that makes more than
-    `max_layer_sites`, the layers of one parent module are joined.
+    `max_sites` sites of both kinds, the layers of one parent module are joined.
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
     layer = {site.name: site for site in _layer_sites(facts, siblings=False)}
-    if max_layer_sites is not None and len(layer) > max_layer_sites:
+    if max_sites is not None and len(channel) + len(layer) > max_sites:
         layer = {site.name: site for site in _layer_sites(facts, siblings=True)}
     return Sites(channel, layer, facts)
 

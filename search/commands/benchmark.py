@@ -19,6 +19,7 @@ from search.commands.options import (
     overrides,
     say,
 )
+from search.commands.replay import gather, replay_search
 
 RESULTS = Path("scripts/results")
 
@@ -28,6 +29,10 @@ benchmark = typer.Typer(help="Reproduce the published comparisons.", rich_markup
 @benchmark.callback()
 def _group() -> None:
     """Reproduce the published comparisons."""
+
+
+benchmark.command("gather")(gather)
+benchmark.command("search")(replay_search)
 
 
 @benchmark.command("peers")

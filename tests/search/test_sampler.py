@@ -11,7 +11,8 @@ from evaluators.evaluation import Evaluation, Measurement
 from evaluators.latency_model import fit_latency
 from evaluators.ranking import hypervolume
 from search.knowledge import Finished, finished_trials, fit_loss
-from search.sampler import FrontSampler, uniform_starts
+from search.sampler import FrontSampler
+from search.seeds import uniform_starts
 from search.strategy import probe_recipes, sampler_named
 from search.trials import TrialWriter
 from spaces.errors import InputError

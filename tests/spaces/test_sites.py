@@ -42,7 +42,7 @@ def test_a_depthwise_layer_shares_the_bit_width_of_its_reader() -> None:
 
 def test_siblings_are_joined_where_sites_would_be_too_many() -> None:
     detector = ToyDetector()
-    sites = find_sites(detector, detector.build(), max_layer_sites=3)
+    sites = find_sites(detector, detector.build(), max_sites=6)
     assert sites.layer["wide"].layers == ("thin.0", "wide.0")
     assert sorted(layer for s in sites.layer.values() for layer in s.layers) == sorted(sites.facts)
 

@@ -61,7 +61,7 @@ def test_coarser_spaces_have_fewer_parameters() -> None:
 def test_yolox_nano_stays_readable() -> None:
     detector = make_detector("yolox_nano", 80)
     network = detector.build()
-    sites = find_sites(detector, network, 53)
+    sites = find_sites(detector, network, 120)
     space = build_space(detector, sites, CPU)
     assert len(sites.channel) == 67
     assert len(space.parameters) <= 120

@@ -1,0 +1,165 @@
+"""Recorded recipes: what was really evaluated in some studies, as a small file that replays need."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from evaluators.bench import Bench
+from search.knowledge import PROBE, finished_trials, measured_damage
+from search.study import SearchStudy
+from spaces.capabilities import Capabilities
+from spaces.detectors.registry import make_detector
+from spaces.errors import InputError
+from spaces.recipe import Recipe
+from spaces.sites import find_sites
+from spaces.space import MAX_PARAMETERS, Granularity, build_space
+from spaces.table import Options, SpaceTable
+
+DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
+"""A recipe is written as one character a parameter: the position of its value."""
+
+
+class Recorded(BaseModel):
+    """Evaluated recipes of one detector on one target, and what was measured before the first of them.
+
+    Attributes:
+        detector, classes, size: for `make_detector`.
+        methods, granularity, bit_widths, channel_granule: for `build_space`.
+        values: of each parameter, by name: a space that has others now cannot read these recipes.
+        conditions: detector, data, target and budget that they were evaluated under.
+        base_map: of the base on select, AP in 0..100.
+        source: of each recipe, the study that proposed it.
+        recipes: one character a parameter.
+        map: of each recipe on select, AP in 0..100.
+        ratio: of each recipe, latency over the base's.
+        damage: `(P, O)` of single options; None where it is infinite.
+        probes: recipes of the latency probes; `probe_ratio` their latency ratios.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    detector: str
+    classes: int
+    size: tuple[int, int]
+    methods: tuple[str, ...]
+    granularity: Granularity
+    bit_widths: tuple[int, ...]
+    channel_granule: int
+    values: dict[str, tuple[float | str, ...]]
+    conditions: dict[str, Any]
+    base_map: float
+    source: tuple[str, ...]
+    recipes: tuple[str, ...]
+    map: tuple[float, ...]
+    ratio: tuple[float, ...]
+    damage: tuple[tuple[float | None, ...], ...]
+    probes: tuple[str, ...]
+    probe_ratio: tuple[float, ...]
+
+    def write(self, file: Path) -> None:
+        """As JSON, a list a line, so that versions can be compared."""
+        content = self.model_dump(mode="json")
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items()]
+        file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+    def table(self) -> SpaceTable:
+        """The space that the recipes are of, made anew.
+
+        Raises:
+            InputError: this version makes another space for the detector.
+        """
+        detector = make_detector(self.detector, self.classes, self.size)
+        sites = find_sites(detector, detector.build(), MAX_PARAMETERS)
+        capabilities = Capabilities(self.bit_widths, self.channel_granule)
+        space = build_space(detector, sites, capabilities, self.methods, self.granularity)
+        if {name: p.values for name, p in space.parameters.items()} != self.values:
+            raise InputError("recipes", self.detector, "were recorded in another space; record them anew")
+        return SpaceTable(space)
+
+    @property
+    def options(self) -> Options:
+        """`(N, P)` of the recipes."""
+        return decoded(self.recipes)
+
+    @property
+    def damages(self) -> NDArray[np.float64]:
+        """`(P, O)`."""
+        return np.array([[np.inf if d is None else d for d in row] for row in self.damage])
+
+
+def read_recorded(file: Path) -> Recorded:
+    """Read what `Recorded.write` wrote.
+
+    Raises:
+        InputError: no such file, or another content.
+    """
+    try:
+        return Recorded.model_validate_json(file.read_text())
+    except OSError as error:
+        raise InputError("recipes", str(file), f"cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{file}: {where}", None, first["msg"]) from None
+
+
+def gathered(bench: Bench, studies: Sequence[SearchStudy]) -> Recorded:
+    """All recipes that the studies evaluated, each once; sensitivities and probes of the first that has them.
+
+    Raises:
+        InputError: a study was made under other conditions than the first, or none has sensitivities.
+    """
+    table, first = SpaceTable(bench.space), studies[0]
+    rows: dict[str, tuple[str, float, float]] = {}
+    for study in studies:
+        different = sorted(k for k, v in first.fingerprint.items() if study.fingerprint.get(k) != v)
+        if different:
+            raise InputError("study", study.name, f"differs from {first.name} in {', '.join(different)}")
+        found = finished_trials(table, study.optuna.get_trials(deepcopy=False))
+        for code, ap, ratio in zip(encoded(found.options), found.map, found.ratio, strict=True):
+            rows.setdefault(code, (study.name, float(ap), float(ratio)))
+    prepared = next((s for s in studies if measured_damage(table, s) is not None), None)
+    base = encoded(np.zeros((1, len(table.names)), np.int64))[0]
+    if prepared is None or base not in rows:
+        raise InputError("study", first.name, "none of the studies has a base and sensitivities")
+    damage = measured_damage(table, prepared)
+    assert damage is not None
+    probes = [r for name, r in prepared.job_results().items() if name.startswith(PROBE) and "ratio" in r]
+    params = [table.space.params(Recipe.from_json(probe["recipe"])) for probe in probes]
+    config, capabilities = bench.config, bench.target.capabilities
+    return Recorded(
+        detector=config.model,
+        classes=len(bench.categories),
+        size=bench.detector.preprocess.size,
+        methods=config.space.methods,
+        granularity=config.space.granularity,
+        bit_widths=capabilities.bit_widths,
+        channel_granule=capabilities.channel_granule,
+        values={name: p.values for name, p in bench.space.parameters.items()},
+        conditions=first.fingerprint,
+        base_map=rows[base][1],
+        source=tuple(source for source, _, _ in rows.values()),
+        recipes=tuple(rows),
+        map=tuple(round(ap, 3) for _, ap, _ in rows.values()),
+        ratio=tuple(round(ratio, 5) for _, _, ratio in rows.values()),
+        damage=tuple(tuple(round(d, 6) if np.isfinite(d) else None for d in row) for row in damage.tolist()),
+        probes=tuple(encoded(table.options(params))),
+        probe_ratio=tuple(round(float(probe["ratio"]), 5) for probe in probes),
+    )
+
+
+def encoded(options: Options) -> list[str]:
+    """Recipes `(N, P)` as strings."""
+    return ["".join(DIGITS[int(o)] for o in row) for row in options]
+
+
+def decoded(codes: Sequence[str]) -> Options:
+    """The inverse of `encoded`."""
+    return np.array([[DIGITS.index(c) for c in code] for code in codes], dtype=np.int64)

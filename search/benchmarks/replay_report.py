@@ -1,0 +1,89 @@
+"""What a replay of samplers showed, as Markdown and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from search.benchmarks.recorded import Recorded
+from search.benchmarks.replay import CORNER_LOSS, Outcome, with_interval
+from search.benchmarks.surrogate import NEAR, Surrogate
+
+OURS = "front"
+CHECKPOINTS = (25, 50, 100, 200, 300)
+
+
+def write_replay(
+    file: Path,
+    recorded: Recorded,
+    surrogate: Surrogate,
+    outcomes: Mapping[str, Outcome],
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the report as Markdown, and the hypervolumes of every seed as JSON beside it."""
+    longest = max(outcome.volumes.shape[1] for outcome in outcomes.values())
+    points = [t for t in CHECKPOINTS if t < longest] + [longest]
+    lines = [
+        "# Samplers on recorded recipes",
+        "",
+        f"Hypervolume against (base AP - {CORNER_LOSS:g}, base latency), 1 = no loss in no time. Medians "
+        "over the seeds with 95 % bootstrap intervals. Space, sensitivities and probes are those of the "
+        f"recorded studies; {len(recorded.recipes)} really evaluated recipes teach the surrogate.",
+        "",
+        "| sampler | " + " | ".join(f"{t} trials" for t in points) + " |",
+        "|---|" + "---|" * len(points),
+    ]
+    for name, outcome in outcomes.items():
+        cells = [_cell(outcome.at(t)) for t in points]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", *_verdicts(outcomes, longest), "", "## The surrogate", ""]
+    lines += [
+        f"| predicts | model | rank correlation, unseen | median error | the same at losses <= {NEAR:g} AP |",
+        "|---|---|---|---|---|",
+    ]
+    for name, check in surrogate.checks.items():
+        near = f"{check.near_rank:.3f}, {check.near_error:.3f}"
+        lines.append(f"| {name} | {surrogate.kind[name]} | {check.rank:.3f} | {check.error:.3f} | {near} |")
+    sources = {s: recorded.source.count(s) for s in dict.fromkeys(recorded.source)}
+    lines += ["", "Recipes by the study that proposed them: "]
+    lines[-1] += ", ".join(f"{name} {count}" for name, count in sources.items()) + "."
+    lines += ["", "## Conditions", ""]
+    lines += [f"- {name}: {value}" for name, value in (*facts.items(), *recorded.conditions.items())]
+    file.write_text("\n".join(lines) + "\n")
+    content = {name: outcome.volumes.round(5).tolist() for name, outcome in outcomes.items()}
+    file.with_suffix(".json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def _verdicts(outcomes: Mapping[str, Outcome], longest: int) -> list[str]:
+    """Ours against the best cold and the best seeded plain sampler."""
+    ours = outcomes.get(OURS)
+    if ours is None:
+        return []
+    lines = []
+    plain = {name: o for name, o in outcomes.items() if not name.startswith(OURS)}
+    cold = {n: o for n, o in plain.items() if "seeds" not in n and o.at(longest) is not None}
+    if cold:
+        best = max(cold, key=lambda name: cold[name].at(longest) or ())
+        final = (cold[best].at(longest) or (0.0,))[0]
+        needed = ours.trials_to(final)
+        lines.append(
+            f"- The best cold sampler, {best}, ends at {final:.4f} after {longest} trials; ours is there "
+            f"after {needed:g} (median), {needed / longest:.2f} of its trials."
+        )
+    seeded = {n: o for n, o in plain.items() if "seeds" in n}
+    at = min(100, longest)
+    if seeded:
+        best = max(seeded, key=lambda name: seeded[name].at(at) or ())
+        gains = ours.volumes[:, at - 1] / seeded[best].volumes[:, at - 1] - 1
+        value, low, high = with_interval(100 * gains)
+        lines.append(
+            f"- At {at} trials ours is {value:+.2f} % [{low:+.2f}, {high:+.2f}] above the best seeded plain "
+            f"sampler, {best} (paired by seed)."
+        )
+    return lines
+
+
+def _cell(figures: tuple[float, float, float] | None) -> str:
+    return "" if figures is None else f"{figures[0]:.4f} [{figures[1]:.4f}, {figures[2]:.4f}]"

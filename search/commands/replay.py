@@ -1,0 +1,75 @@
+"""`paredown benchmark gather` and `search`: samplers compared on recipes that were really evaluated."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.commands.options import DEFAULT_STORAGE, Checkpoint, Data, Storage, config_of, overrides, say
+
+RECIPES = Path("scripts/results/recipes_digits.json")
+
+
+def gather(
+    study: Annotated[list[str], typer.Option("--study", help="A study whose trials count; may be repeated.")],
+    storage: Storage = DEFAULT_STORAGE,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = RECIPES,
+) -> int:
+    """Write all recipes that some studies evaluated into one small file, for `benchmark search`."""
+    from evaluators.bench import Bench
+    from search.benchmarks.recorded import gathered
+    from search.study import load_study
+
+    studies = [load_study(name, url=storage) for name in study]
+    bench = Bench(config_of(studies[0], overrides(data, checkpoint)).bench)
+    recorded = gathered(bench, studies)
+    recorded.write(output)
+    say(f"{len(recorded.recipes)} recipes of {len(studies)} studies in {output}")
+    return 0
+
+
+def replay_search(
+    recipes: Annotated[
+        Path, typer.Option("--recipes", help="Written by `benchmark gather`.", metavar="FILE")
+    ] = RECIPES,
+    seeds: Annotated[int, typer.Option("--seeds", min=2, help="Runs of each sampler.")] = 10,
+    trials: Annotated[int, typer.Option("--trials", min=10, help="Trials of each run.")] = 300,
+    sampler: Annotated[
+        list[str] | None, typer.Option("--sampler", help="One of those compared; may be repeated.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")
+    ] = RECIPES.parent,
+) -> int:
+    """Compare samplers on a surrogate of recorded recipes, in minutes."""
+    import optuna
+
+    from evaluators.signature import machine_signature
+    from search.benchmarks.recorded import read_recorded
+    from search.benchmarks.replay import CONTENDERS, compare
+    from search.benchmarks.replay_report import write_replay
+    from spaces.errors import InputError
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    names = sampler or list(CONTENDERS)
+    for name in names:
+        if name not in CONTENDERS:
+            raise InputError("--sampler", name, f"choose from {', '.join(CONTENDERS)}")
+    recorded = read_recorded(recipes)
+    surrogate, outcomes = compare(recorded, names, seeds, trials, say)
+    given = [word for word in sys.argv[1:] if word != "benchmark"]  # the script leaves it out
+    facts = {
+        "command": shlex.join(["paredown", "benchmark", *given]),
+        "replayed on": machine_signature()["cpu"],
+        "optuna": optuna.__version__,
+    }
+    report = output / f"replay_{recorded.detector.replace(':', '_')}.md"
+    write_replay(report, recorded, surrogate, outcomes, facts)
+    say(report.read_text())
+    return 0

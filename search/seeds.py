@@ -1,0 +1,54 @@
+"""Seeds: the recipes that a study begins with, solved for before anything but single choices is known."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.latency_model import LatencyModel
+from search.solver import at_damages, damage_path
+from spaces.table import SpaceTable
+
+SHARE = 0.3
+MOST = 6
+"""Share of the trials that the seeds may take, and their largest number: they show what a unit of damage
+costs on this detector, and with that known the sampler's own solutions are better ones."""
+
+
+def seed_recipes(
+    table: SpaceTable, damage: NDArray[np.float64], model: LatencyModel, trials: int
+) -> list[NDArray[np.int64]]:
+    """Recipes `(P,)` spaced evenly by the logarithm of their damage, the mildest first.
+
+    The mildest is allowed what bfloat16 in all layers does, where the target has it: that is free in
+    practice. The strongest has an eighth of the largest damage, beyond which nothing is left.
+
+    Args:
+        table: of the space.
+        damage: `(P, O)` of single options.
+        model: of latency, fitted on probes.
+        trials: of the whole study.
+    """
+    path = damage_path(damage, model, uniform_starts(table))
+    if not path:
+        return []
+    count = min(max(3, round(SHARE * trials)), MOST)
+    low = max(path[0].damage, _bfloat16_damage(table, damage), 1e-3 * path[-1].damage)
+    wanted = low * np.geomspace(1.0, max(path[-1].damage / low / 8, 2.0), count)
+    return [point.options for point in at_damages(path, wanted)]
+
+
+def _bfloat16_damage(table: SpaceTable, damage: NDArray[np.float64]) -> float:
+    """Damage of bfloat16 in all layers; 0 where the space does not offer it."""
+    total = 0.0
+    for p, parameter in enumerate(table.space.parameters.values()):
+        if parameter.kind == "quantize" and 16.0 in parameter.values:
+            total += float(damage[p, parameter.values.index(16.0)])
+    return total
+
+
+def uniform_starts(table: SpaceTable) -> list[NDArray[np.int64]]:
+    """The base, and for each bit-width of the space all layers at it; nothing pruned."""
+    bits = np.array([name.startswith("bits ") for name in table.names])
+    most = int(table.sizes[bits].max(initial=1))
+    return [np.where(bits, np.minimum(k, table.sizes - 1), 0) for k in range(most)]
