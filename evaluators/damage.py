@@ -38,21 +38,21 @@ class Damage:
         """The distance that a recipe causes; 0 for the identity.
 
         8-bit layers round their inputs and weights, 16-bit ones go through bfloat16: close to what the
-        engines do, enough to tell sites apart. Pruned networks have their BatchNorm statistics measured
-        anew first, on these same images: most of what fine-tuning repairs is a shift of statistics, and
-        without that the damage of late layers, which it repairs well, would look the largest. What the
-        few images themselves do to the statistics of the base is subtracted.
+        engines do, enough to tell sites apart. Networks that changed in more than bit-widths have their
+        BatchNorm statistics measured anew first, on these same images: most of what fine-tuning repairs is
+        a shift of statistics, and without that the damage of late layers, which it repairs well, would
+        look the largest. What the few images themselves do to the statistics of the base is subtracted.
         """
         bench = self._bench
         draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         bits = {layer: width for layer, width in bits_by_layer(recipe, bench.sites).items() if width < 32}
-        network = self._repaired(draft.network) if draft.channels else draft.network
+        network = self._repaired(draft.network) if draft.changed else draft.network
         if bits:
             network = bench.detector.simplified(network)
             ranges = self._base_ranges([layer for layer, width in bits.items() if width <= 8])
             for layer, width in bits.items():
                 _round(network.get_submodule(layer), width, ranges.get(layer))
-        if not draft.channels:
+        if not draft.changed:
             return self._distance(network)
         return max(self._distance(network) - self._floor, 0.0)
 

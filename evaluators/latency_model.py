@@ -43,7 +43,8 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
     """Features `(N, F)`, each scaled so that the base's total is about 1.
 
     For each bit-width: multiplications of dense layers and of depthwise ones in whole vector blocks, and
-    elements written. Then elements that cross from one bit-width to another (casts and Q/DQ), and 1.
+    elements written; where the space replaces activation functions, elements that a costly one takes as
+    well. Then elements that cross from one bit-width to another (casts and Q/DQ), and 1.
     """
     base = table.base
     filled = np.ceil(shapes.outputs / LANES) * LANES / np.maximum(shapes.outputs, 1)
@@ -58,6 +59,8 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
         columns.append((macs * (here & dense)).sum(1) / scale)
         columns.append((macs * (here & table.depthwise)).sum(1) / thin)
         columns.append((written * here).sum(1) / elements)
+        if table.activates:
+            columns.append((written * here * shapes.costly).sum(1) / elements)
     before = np.roll(shapes.bits, 1, axis=1)
     before[:, 0] = shapes.bits[:, 0]
     read = shapes.inputs * table.positions

@@ -116,13 +116,16 @@ def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
     """Recipes for the latency model: every bit-width used everywhere, then random mixtures.
 
     Half of the random ones keep to one bit-width, the others mix two: the widths are drawn per parameter
-    with a share of its own, and so is how much is pruned.
+    with a share of its own, and so is how far every other kind of choice goes.
     """
     random = np.random.default_rng(seed)
     bits = np.array([name.startswith("bits ") for name in table.names])
+    every = [parameter.kind for parameter in table.space.parameters.values()]
+    others = list(dict.fromkeys(kind for kind in every if kind != "quantize"))
+    kinds = np.array([others.index(kind) if kind in others else 0 for kind in every], np.int64)
     rows = uniform_starts(table)[1:]
     while len(rows) < count:
-        strength = random.random()
+        strength = np.array([random.random() for _ in range(int(kinds.max(initial=0)) + 1)])[kinds]
         pruned = random.binomial(np.maximum(table.sizes - 1, 0), strength)
         most = int(table.sizes[bits].max(initial=1))
         first, second = random.integers(most), random.integers(most)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spaces.detectors.weights import load_weights, save_weights
 from spaces.errors import InputError
+from spaces.methods.activate import replace_activations
 from spaces.methods.base import Draft, LayerChannels, Statistics
 from spaces.methods.prune import slice_layers
 from spaces.methods.registry import METHODS
@@ -56,10 +57,11 @@ def apply(network: nn.Module, recipe: Recipe, sites: Sites, statistics: Statisti
 
 
 def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
-    """Store what `rebuild` needs: the plan (recipe, kept indices, bit-widths) and the weights."""
+    """Store what `rebuild` needs: the plan (recipe, kept indices, functions, bit-widths) and the weights."""
     plan = {
         "recipe": recipe.model_dump(mode="json"),
         "channels": {name: {"out": c.out, "into": c.into} for name, c in draft.channels.items()},
+        "activations": draft.activations,
         "bits": draft.bits,
     }
     save_weights(draft.network, directory / STATE_FILE)
@@ -88,9 +90,11 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
         for name, sides in plan["channels"].items()
     }
     slice_layers(network, channels)
+    activations = dict(plan.get("activations", {}))
+    replace_activations(network, activations)
     load_weights(network, directory / STATE_FILE)
     bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
-    return recipe, Draft(network, channels, bits)
+    return recipe, Draft(network, channels, bits, activations)
 
 
 def _indices(values: list[int] | None) -> tuple[int, ...] | None:

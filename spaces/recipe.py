@@ -51,8 +51,17 @@ class Factorize(_Frozen):
     rank_ratio: float = Field(gt=0.0, le=1.0, description="rank / full rank of the pruned layer")
 
 
-T = TypeVar("T", Prune, Quantize, Factorize)
-Choice = Annotated[Prune | Quantize | Factorize, Field(discriminator="kind")]
+class Activate(_Frozen):
+    """Replace the costly activation functions of a stage; `own` leaves them."""
+
+    kind: Literal["activate"] = "activate"
+    site: str
+    function: Literal["own", "hardswish", "relu"]
+
+
+AnyChoice = Prune | Quantize | Factorize | Activate
+T = TypeVar("T", Prune, Quantize, Factorize, Activate)
+Choice = Annotated[AnyChoice, Field(discriminator="kind")]
 
 
 class Recipe(_Frozen):
@@ -107,7 +116,7 @@ class Recipe(_Frozen):
             raise InputError(f"recipe.{where}", first.get("input"), first["msg"]) from None
 
 
-def is_identity(choice: Prune | Quantize | Factorize) -> bool:
+def is_identity(choice: AnyChoice) -> bool:
     """True where a choice changes nothing."""
     match choice:
         case Prune():
@@ -116,6 +125,8 @@ def is_identity(choice: Prune | Quantize | Factorize) -> bool:
             return choice.weight_bits == choice.activation_bits == 32
         case Factorize():
             return False
+        case Activate():
+            return choice.function == "own"
 
 
 def identity(detector: str) -> Recipe:
@@ -123,7 +134,7 @@ def identity(detector: str) -> Recipe:
     return Recipe(detector=detector)
 
 
-def merged(recipe: Recipe, choices: Iterable[Prune | Quantize | Factorize]) -> Recipe:
+def merged(recipe: Recipe, choices: Iterable[AnyChoice]) -> Recipe:
     """`recipe` with `choices` put in the place of its own at the same sites."""
     by_place = {(c.kind, c.site): c for c in recipe.choices}
     by_place.update({(c.kind, c.site): c for c in choices})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
 from torch import nn
 
+from spaces.activations import ActivationSite, activation_sites
 from spaces.detectors.base import Detector
 from spaces.layers import LayerFacts, trace_layers
 
@@ -59,6 +60,7 @@ class Sites:
     channel: Mapping[str, ChannelSite]
     layer: Mapping[str, LayerSite]
     facts: Mapping[str, LayerFacts]
+    activation: Mapping[str, ActivationSite] = field(default_factory=dict)
 
     def widths(self, kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
         """Input and output channels of every layer when `kept` channels are left, by site (others: all)."""
@@ -82,14 +84,14 @@ def find_sites(detector: Detector, network: nn.Module, max_sites: int | None = N
     Channel sites are torch-pruning's dependency groups (Fang et al. 2023, arXiv 2301.12900), the output
     layers left out. They carry the name of the first layer that produces their channels. Layer sites are
     one layer each, a depthwise convolution joined to the layer that reads it; where that makes more than
-    `max_sites` sites of both kinds, the layers of one parent module are joined.
+    `max_sites` sites of both kinds, the layers of one parent module are joined. Activation sites are stages.
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
     layer = {site.name: site for site in _layer_sites(facts, siblings=False)}
     if max_sites is not None and len(channel) + len(layer) > max_sites:
         layer = {site.name: site for site in _layer_sites(facts, siblings=True)}
-    return Sites(channel, layer, facts)
+    return Sites(channel, layer, facts, activation_sites(detector, network, facts))
 
 
 def short_name(layer: str) -> str:

@@ -14,12 +14,15 @@ from spaces.detectors.base import Detector
 from spaces.errors import InputError
 from spaces.methods.prune import kept_channels
 from spaces.methods.registry import METHODS
-from spaces.recipe import Choice, Factorize, Prune, Quantize, Recipe, is_identity
+from spaces.recipe import Activate, Choice, Factorize, Prune, Quantize, Recipe, is_identity
 from spaces.sites import Sites
 
 Granularity = Literal["layer", "block", "stage"]
 MAX_PARAMETERS = 120
-LABELS = {"prune": "sparsity", "quantize": "bits", "factorize": "rank"}
+LABELS = {"prune": "sparsity", "quantize": "bits", "factorize": "rank", "activate": "activation"}
+
+Value = float | str
+"""A parameter's value as Optuna and its dashboard see it."""
 
 
 @dataclass(frozen=True)
@@ -29,31 +32,35 @@ class Parameter:
     Attributes:
         name: what the dashboard shows, such as `sparsity backbone.C3_p3.conv1`.
         kind: the kind of choice.
-        values: sparsities, bit-widths or rank ratios; the first one changes nothing.
+        values: sparsities, bit-widths, rank ratios or names; the first one changes nothing.
         choices: for each value, the choice at each site.
     """
 
     name: str
     kind: str
-    values: tuple[float, ...]
+    values: tuple[Value, ...]
     choices: tuple[tuple[Choice, ...], ...]
 
     @property
     def distribution(self) -> BaseDistribution:
         """An ordered one where the values are even steps, so that samplers know what lies between."""
         if self.kind == "prune" and len(self.values) > 1:
-            step = self.values[1]
-            even = all(abs(value - k * step) < 1e-9 for k, value in enumerate(self.values))
+            numbers = [float(value) for value in self.values]
+            step = numbers[1]
+            even = all(abs(value - k * step) < 1e-9 for k, value in enumerate(numbers))
             if even:
-                return FloatDistribution(0.0, self.values[-1], step=step)
+                return FloatDistribution(0.0, numbers[-1], step=step)
         return CategoricalDistribution(self.values)
 
-    def option(self, value: float) -> int:
+    def option(self, value: Value) -> int:
         """Position of a value. Raises InputError if it is none of the parameter's."""
         for position, known in enumerate(self.values):
-            if abs(known - value) < 1e-4:
+            if isinstance(known, str) or isinstance(value, str):
+                if known == value:
+                    return position
+            elif abs(known - value) < 1e-4:
                 return position
-        shown = ", ".join(f"{v:g}" for v in self.values)
+        shown = ", ".join(v if isinstance(v, str) else f"{v:g}" for v in self.values)
         raise InputError(self.name, value, f"choose one of {shown}")
 
 
@@ -74,7 +81,7 @@ class SearchSpace:
         """Optuna's view, by parameter name."""
         return {name: parameter.distribution for name, parameter in self.parameters.items()}
 
-    def identity_params(self) -> dict[str, float]:
+    def identity_params(self) -> dict[str, Value]:
         """The parameters of the base model."""
         return {name: parameter.values[0] for name, parameter in self.parameters.items()}
 
@@ -89,10 +96,10 @@ class SearchSpace:
             if name not in self.parameters:
                 raise InputError("parameter", name, "is none of this space")
             parameter = self.parameters[name]
-            choices += parameter.choices[parameter.option(float(value))]
+            choices += parameter.choices[parameter.option(value)]
         return Recipe(detector=self.detector, choices=tuple(choices))
 
-    def params(self, recipe: Recipe) -> dict[str, float]:
+    def params(self, recipe: Recipe) -> dict[str, Value]:
         """The parameters that make a recipe; the inverse of `recipe`.
 
         Raises:
@@ -163,13 +170,17 @@ def _joined(
     )
     joined: dict[str, list[tuple[Choice, ...]]] = defaultdict(list)
     for site, choices in options.items():
-        joined[site if granularity == "layer" else group(_first_layer(sites, site))].append(choices)
+        layer = _first_layer(sites, site)
+        joined[site if granularity == "layer" or layer is None else group(layer)].append(choices)
     return joined
 
 
-def _first_layer(sites: Sites, site: str) -> str:
+def _first_layer(sites: Sites, site: str) -> str | None:
+    """The layer that says which block and stage a site is of; None for a site that is no layers'."""
     if site in sites.layer:
         return sites.layer[site].layers[-1]
+    if site not in sites.channel:
+        return None
     produced = [m.layer for m in sites.channel[site].members if m.side == "out" and m.layer in sites.facts]
     return min(produced, key=list(sites.facts).index)
 
@@ -179,7 +190,7 @@ def _parameter(
 ) -> Parameter:
     label = f"{LABELS[kind]} {name}"
     if kind != "prune" or len(members) == 1:
-        values = tuple(_value(choice) for choice in members[0])
+        values = tuple(_value(choice, sites) for choice in members[0])
         return Parameter(label, kind, values, tuple(zip(*members, strict=True)))
     # Sites of several widths share one sparsity: each takes its own nearest step to an eighth's multiple.
     steps = [k / 8 for k in range(8)]
@@ -191,10 +202,10 @@ def _parameter(
 
 
 def _nearest(options: tuple[Choice, ...], sparsity: float) -> Choice:
-    return min(options, key=lambda choice: abs(_value(choice) - sparsity))
+    return min(options, key=lambda c: abs(c.sparsity - sparsity) if isinstance(c, Prune) else 1.0)
 
 
-def _value(choice: Choice) -> float:
+def _value(choice: Choice, sites: Sites) -> Value:
     match choice:
         case Prune():
             return choice.sparsity
@@ -202,6 +213,9 @@ def _value(choice: Choice) -> float:
             return float(choice.weight_bits)
         case Factorize():
             return choice.rank_ratio
+        case Activate():
+            own = sites.activation[choice.site].function
+            return own if choice.function == "own" else choice.function
 
 
 def kept_by_site(recipe: Recipe, sites: Sites) -> dict[str, int]:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spaces.methods.prune import kept_channels
-from spaces.recipe import Prune, Quantize
-from spaces.space import SearchSpace
+from spaces.recipe import Activate, Prune, Quantize
+from spaces.space import SearchSpace, Value
 
 Options = NDArray[np.int64]
 """`(N, P)`: for each recipe the position of each parameter's value; 0 everywhere is the base."""
@@ -25,12 +25,14 @@ class Shapes:
         inputs, outputs: `(N, L)` channels left.
         macs: `(N, L)` multiply-accumulates.
         bits: `(N, L)` bit-widths.
+        costly: `(N, L)` True where a costly activation function follows the layer.
     """
 
     inputs: NDArray[np.float64]
     outputs: NDArray[np.float64]
     macs: NDArray[np.float64]
     bits: NDArray[np.int64]
+    costly: NDArray[np.bool_]
 
 
 class SpaceTable:
@@ -58,6 +60,10 @@ class SpaceTable:
         self._lost_in = np.zeros((len(self.names), most, layers))
         self._lost_out = np.zeros_like(self._lost_in)
         self._bits = np.full((len(self.names), most, layers), 32)
+        self._cheaper = np.zeros((len(self.names), most, layers), bool)
+        self._costly = np.zeros(layers, bool)
+        for stage in sites.activation.values():
+            self._costly[[place[layer] for layer in stage.layers]] = True
         for p, parameter in enumerate(self.space.parameters.values()):
             for o, choices in enumerate(parameter.choices):
                 for choice in choices:
@@ -74,19 +80,24 @@ class SpaceTable:
                             for layer in sites.layer[choice.site].layers:
                                 width = max(choice.weight_bits, choice.activation_bits)
                                 self._bits[p, o, place[layer]] = width
+                        case Activate():
+                            followed = [place[layer] for layer in sites.activation[choice.site].layers]
+                            self._cheaper[p, o, followed] = choice.function == "relu"
                         case _:
                             pass
         self._sets_bits = (self._bits != 32).any(axis=1)
+        self.activates = bool(self._cheaper.any())
+        """True where the space may replace activation functions."""
 
     def options(self, params: Sequence[Mapping[str, Any]]) -> Options:
         """Positions `(N, P)` of the values of N sets of parameters."""
         rows = [
-            [parameter.option(float(one[name])) for name, parameter in self.space.parameters.items()]
+            [parameter.option(one[name]) for name, parameter in self.space.parameters.items()]
             for one in params
         ]
         return np.array(rows, dtype=np.int64).reshape(len(params), len(self.names))
 
-    def params(self, options: NDArray[np.int64]) -> dict[str, float]:
+    def params(self, options: NDArray[np.int64]) -> dict[str, Value]:
         """The parameters of one row `(P,)` of positions."""
         parameters = self.space.parameters.items()
         return {name: p.values[int(o)] for (name, p), o in zip(parameters, options, strict=True)}
@@ -97,12 +108,14 @@ class SpaceTable:
         lost_in = np.zeros((count, len(self.layers)))
         lost_out = np.zeros_like(lost_in)
         bits = np.full((count, len(self.layers)), 32)
+        cheaper = np.zeros((count, len(self.layers)), bool)
         for p in range(len(self.names)):
             chosen = options[:, p]
             lost_in += self._lost_in[p, chosen]
             lost_out += self._lost_out[p, chosen]
             bits = np.minimum(bits, self._bits[p, chosen])
-        return self._shapes(lost_in, lost_out, bits)
+            cheaper |= self._cheaper[p, chosen]
+        return self._shapes(lost_in, lost_out, bits, cheaper)
 
     def neighbours(
         self, current: NDArray[np.int64], parameter: NDArray[np.int64], option: NDArray[np.int64]
@@ -123,13 +136,20 @@ class SpaceTable:
         )
         held = self._bits[rows, current].min(0)  # a layer takes its bit-width from one parameter alone
         bits = np.where(self._sets_bits[parameter], self._bits[parameter, option], held)
-        return self._shapes(lost_in, lost_out, bits)
+        # A layer's activation is one parameter's, too; as numbers, so that what changes can be taken off.
+        cheap = self._cheaper.astype(np.int64)
+        cheaper = cheap[rows, current].sum(0) + cheap[parameter, option] - cheap[parameter, before] > 0
+        return self._shapes(lost_in, lost_out, bits, cheaper)
 
     def _shapes(
-        self, lost_in: NDArray[np.float64], lost_out: NDArray[np.float64], bits: NDArray[np.int64]
+        self,
+        lost_in: NDArray[np.float64],
+        lost_out: NDArray[np.float64],
+        bits: NDArray[np.int64],
+        cheaper: NDArray[np.bool_],
     ) -> Shapes:
         outputs = self._base_out - lost_out
         inputs = np.where(self.depthwise, outputs, self._base_in - lost_in)
         filters = np.where(self.depthwise, 1.0, inputs / self._groups)
         macs = outputs * filters * self._kernel * self.positions
-        return Shapes(inputs, outputs, macs, bits)
+        return Shapes(inputs, outputs, macs, bits, self._costly & ~cheaper)

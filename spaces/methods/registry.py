@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from spaces.methods.activate import Activation
 from spaces.methods.base import Method
 from spaces.methods.prune import Pruning
 from spaces.methods.quantize import Quantization
 
 METHODS: dict[str, Method] = {
     "prune": Pruning(),
+    "activate": Activation(),
     "quantize": Quantization(),
 }

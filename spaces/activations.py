@@ -1,0 +1,97 @@
+"""Where a network spends time on costly activation functions, stage by stage."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spaces.detectors.base import Detector
+from spaces.layers import LayerFacts
+
+COSTLY: Mapping[type[nn.Module], str] = {
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.GELU: "gelu",
+    nn.Mish: "mish",
+}
+"""Functions that take an engine several instructions an element, where ReLU takes one."""
+
+
+@dataclass(frozen=True)
+class ActivationSite:
+    """The costly activations of one stage.
+
+    Attributes:
+        name: of the stage.
+        modules: names of the activation modules; one instance may be there under several names.
+        layers: whose outputs go through them.
+        function: what they compute, by `COSTLY`; joined by `+` where they differ.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    layers: tuple[str, ...]
+    function: str
+
+
+def activation_sites(
+    detector: Detector, network: nn.Module, facts: Mapping[str, LayerFacts]
+) -> dict[str, ActivationSite]:
+    """Activation sites by stage, in order of execution.
+
+    An activation belongs to the layer whose output it takes, through norms and the like; where a function
+    call stands between, to the layer that ran last. Activations behind output layers stay what they are.
+    """
+    behind = _layers_behind(network, detector.preprocess.size, facts)
+    fixed = detector.output_layers(network)
+    modules: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    for name, layers in behind.items():
+        if fixed.isdisjoint(layers):
+            modules[detector.stage_of(layers[0])][name] = layers
+    sites = {}
+    for stage, found in modules.items():
+        kinds = sorted({COSTLY[type(network.get_submodule(name))] for name in found})
+        followed = tuple(dict.fromkeys(layer for several in found.values() for layer in several))
+        sites[stage] = ActivationSite(stage, tuple(found), followed, "+".join(kinds))
+    return sites
+
+
+def _layers_behind(
+    network: nn.Module, size: tuple[int, int], facts: Mapping[str, LayerFacts]
+) -> dict[str, list[str]]:
+    """For each activation that runs, by name: the layers in front of it."""
+    network = copy.deepcopy(network).eval()
+    names = [n for n, m in network.named_modules(remove_duplicate=False) if type(m) in COSTLY]
+    for name in names:  # families share one instance, whose calls would not tell where they come from
+        network.set_submodule(name, copy.deepcopy(network.get_submodule(name)))
+    found: dict[str, list[str]] = defaultdict(list)
+    source: dict[int, str] = {}
+    alive: list[Tensor] = []  # while a tensor lives no other one has its id
+    last = ""
+
+    def hook(name: str, costly: bool) -> Any:
+        def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            nonlocal last
+            read = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+            layer = name if name in facts else source.get(id(read), last)
+            last = name if name in facts else last
+            if costly and layer and layer not in found[name]:
+                found[name].append(layer)
+            if layer and isinstance(output, Tensor):
+                source[id(output)] = layer
+                alive.append(output)
+
+        return after
+
+    for name, module in network.named_modules(remove_duplicate=False):
+        if not any(True for _ in module.children()):
+            module.register_forward_hook(hook(name, name in names))
+    with torch.no_grad():
+        network(torch.zeros(1, 3, *size))
+    return {name: layers for name, layers in found.items() if layers}
