@@ -21,6 +21,12 @@ COSTLY: Mapping[type[nn.Module], str] = {
     nn.Mish: "mish",
 }
 """Functions that take an engine several instructions an element, where ReLU takes one."""
+SAVED: Mapping[str, float] = {"hardswish": 0.93, "relu": 1.0}
+"""Share of a costly function's time that another one in its place saves, for the latency model.
+
+Measured on YOLOX-nano's tensor part at 320 px in OpenVINO 2026.4 (f32, AVX2, 1 thread): 0.72 of the time
+with hard-swish in all stages, 0.70 with ReLU.
+"""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from spaces.activations import SAVED
 from spaces.methods.prune import kept_channels
 from spaces.recipe import Activate, Prune, Quantize
 from spaces.space import SearchSpace, Value
@@ -25,14 +26,14 @@ class Shapes:
         inputs, outputs: `(N, L)` channels left.
         macs: `(N, L)` multiply-accumulates.
         bits: `(N, L)` bit-widths.
-        costly: `(N, L)` True where a costly activation function follows the layer.
+        costly: `(N, L)` cost of the activation function behind the layer over that of a costly one, 0..1.
     """
 
     inputs: NDArray[np.float64]
     outputs: NDArray[np.float64]
     macs: NDArray[np.float64]
     bits: NDArray[np.int64]
-    costly: NDArray[np.bool_]
+    costly: NDArray[np.float64]
 
 
 class SpaceTable:
@@ -60,10 +61,10 @@ class SpaceTable:
         self._lost_in = np.zeros((len(self.names), most, layers))
         self._lost_out = np.zeros_like(self._lost_in)
         self._bits = np.full((len(self.names), most, layers), 32)
-        self._cheaper = np.zeros((len(self.names), most, layers), bool)
-        self._costly = np.zeros(layers, bool)
+        self._saved = np.zeros((len(self.names), most, layers))
+        self._costly = np.zeros(layers)
         for stage in sites.activation.values():
-            self._costly[[place[layer] for layer in stage.layers]] = True
+            self._costly[[place[layer] for layer in stage.layers]] = 1.0
         for p, parameter in enumerate(self.space.parameters.values()):
             for o, choices in enumerate(parameter.choices):
                 for choice in choices:
@@ -82,11 +83,11 @@ class SpaceTable:
                                 self._bits[p, o, place[layer]] = width
                         case Activate():
                             followed = [place[layer] for layer in sites.activation[choice.site].layers]
-                            self._cheaper[p, o, followed] = choice.function == "relu"
+                            self._saved[p, o, followed] = SAVED.get(choice.function, 0.0)
                         case _:
                             pass
         self._sets_bits = (self._bits != 32).any(axis=1)
-        self.activates = bool(self._cheaper.any())
+        self.activates = bool(self._saved.any())
         """True where the space may replace activation functions."""
 
     def options(self, params: Sequence[Mapping[str, Any]]) -> Options:
@@ -108,14 +109,14 @@ class SpaceTable:
         lost_in = np.zeros((count, len(self.layers)))
         lost_out = np.zeros_like(lost_in)
         bits = np.full((count, len(self.layers)), 32)
-        cheaper = np.zeros((count, len(self.layers)), bool)
+        saved = np.zeros((count, len(self.layers)))
         for p in range(len(self.names)):
             chosen = options[:, p]
             lost_in += self._lost_in[p, chosen]
             lost_out += self._lost_out[p, chosen]
             bits = np.minimum(bits, self._bits[p, chosen])
-            cheaper |= self._cheaper[p, chosen]
-        return self._shapes(lost_in, lost_out, bits, cheaper)
+            saved += self._saved[p, chosen]
+        return self._shapes(lost_in, lost_out, bits, saved)
 
     def neighbours(
         self, current: NDArray[np.int64], parameter: NDArray[np.int64], option: NDArray[np.int64]
@@ -136,20 +137,20 @@ class SpaceTable:
         )
         held = self._bits[rows, current].min(0)  # a layer takes its bit-width from one parameter alone
         bits = np.where(self._sets_bits[parameter], self._bits[parameter, option], held)
-        # A layer's activation is one parameter's, too; as numbers, so that what changes can be taken off.
-        cheap = self._cheaper.astype(np.int64)
-        cheaper = cheap[rows, current].sum(0) + cheap[parameter, option] - cheap[parameter, before] > 0
-        return self._shapes(lost_in, lost_out, bits, cheaper)
+        saved = self._saved[rows, current].sum(0) + (
+            self._saved[parameter, option] - self._saved[parameter, before]
+        )
+        return self._shapes(lost_in, lost_out, bits, saved)
 
     def _shapes(
         self,
         lost_in: NDArray[np.float64],
         lost_out: NDArray[np.float64],
         bits: NDArray[np.int64],
-        cheaper: NDArray[np.bool_],
+        saved: NDArray[np.float64],
     ) -> Shapes:
         outputs = self._base_out - lost_out
         inputs = np.where(self.depthwise, outputs, self._base_in - lost_in)
         filters = np.where(self.depthwise, 1.0, inputs / self._groups)
         macs = outputs * filters * self._kernel * self.positions
-        return Shapes(inputs, outputs, macs, bits, self._costly & ~cheaper)
+        return Shapes(inputs, outputs, macs, bits, np.maximum(self._costly - saved, 0.0))
