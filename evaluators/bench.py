@@ -17,10 +17,10 @@ from evaluators.calibration import LayerRanges, calibrate
 from evaluators.datasets.base import DataConfig, DetectionSplit, load_split, load_splits
 from evaluators.datasets.letterbox import LetterboxedImages, network_input
 from evaluators.evaluation import RESULT_VERSION
-from evaluators.export import export_graph
-from evaluators.exported import MODEL_FILE, ModelCard, Runtime, card_categories, write_graph
+from evaluators.exported import ModelCard, Runtime, card_categories
 from evaluators.finetune import FineTunePlan
 from evaluators.importance import taylor_scores
+from evaluators.postprocess import WholeDetector
 from evaluators.quiet import QuietSlot
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
@@ -86,6 +86,7 @@ class Bench:
         self.config = config
         self.slot = slot or QuietSlot()
         self.target = target_named(config.target)
+        self.capabilities = self.target.capabilities  # asked first: the machine may lack the engine
         self.splits = load_splits(config.data)
         self.categories = self.splits["fit"].categories
         self.detector: Detector = make_detector(config.model, len(self.categories), config.size)
@@ -103,7 +104,7 @@ class Bench:
         """The search space under the target's capabilities."""
         space = self.config.space
         return build_space(
-            self.detector, self.sites, self.target.capabilities, space.methods, space.granularity
+            self.detector, self.sites, self.capabilities, space.methods, space.granularity
         )
 
     @property
@@ -200,21 +201,24 @@ class Bench:
             recipe: for the card.
             directory: where the pair goes.
         """
-        graph = export_graph(network, self.detector, self.config.postprocess, self.categories)
         widths = dict.fromkeys(self.sites.facts, 32) | bits
         narrow = [layer for layer, width in widths.items() if width <= 8]
-        lowered = self.target.lower(graph, widths, self.ranges(network, narrow))
+        written = self.target.write(self.whole(network), widths, self.ranges(network, narrow), directory)
         card = ModelCard(
             detector=self.detector.name,
             preprocess=self.detector.preprocess,
             postprocess=self.config.postprocess,
             categories=card_categories(self.categories),
-            runtime=self.runtime(lowered.hint),
+            runtime=self.runtime(written.hint),
             recipe=recipe,
         )
-        model = write_graph(lowered.graph, directory)
         card.write(directory)
-        return model, card
+        return written.model, card
+
+    def whole(self, network: nn.Module) -> WholeDetector:
+        """A network made ready for inference, with its decoding and suppression."""
+        simplified = self.detector.simplified(network)
+        return WholeDetector(simplified, self.detector, self.config.postprocess, self.categories).eval()
 
     def runtime(self, hint: str) -> Runtime:
         """This study's engine, threads and settings, as a card says them."""
@@ -224,7 +228,7 @@ class Bench:
 
     def base_model(self, directory: Path) -> Path:
         """The base in float32, exported once a study: what everything is timed against."""
-        model = directory / MODEL_FILE
+        model = directory / self.target.model_file
         if not model.exists():
             self.export(self.base, {}, self.identity, directory)
         return model

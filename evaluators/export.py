@@ -23,10 +23,7 @@ OPSET = 22
 def export_graph(
     network: nn.Module, detector: Detector, postprocess: Postprocess, categories: Sequence[Category]
 ) -> onnx.ModelProto:
-    """The whole detector as a float32 graph.
-
-    Takes `images` float32 `(1, 3, H, W)`, preprocessed; returns `boxes` `(N, 4)` xyxy in input pixels,
-    `scores` `(N,)` in 0..1, `labels` `(N,)` int64 category ids, best score first.
+    """The whole detector of a network as a float32 graph; see `export_whole`.
 
     Args:
         network: of that detector, pruned or not; simplified here, left untouched.
@@ -34,8 +31,16 @@ def export_graph(
         postprocess: thresholds and limits, written into the graph.
         categories: of the data set, in the order of the network's classes.
     """
-    whole = WholeDetector(detector.simplified(network), detector, postprocess, categories).eval()
-    images = torch.zeros(1, 3, *detector.preprocess.size)
+    return export_whole(WholeDetector(detector.simplified(network), detector, postprocess, categories).eval())
+
+
+def export_whole(whole: WholeDetector) -> onnx.ModelProto:
+    """A detector in evaluation mode as a float32 graph.
+
+    Takes `images` float32 `(1, 3, H, W)`, preprocessed; returns `boxes` `(N, 4)` xyxy in input pixels,
+    `scores` `(N,)` in 0..1, `labels` `(N,)` int64 category ids, best score first.
+    """
+    images = torch.zeros(1, 3, *whole.detector.preprocess.size)
     buffer = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own deprecation, and shapes that are constant here

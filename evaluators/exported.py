@@ -1,4 +1,4 @@
-"""The deployable pair: `model.onnx` and `model.json` beside it, which needs nothing of Paredown."""
+"""The deployable pair: a model file and `model.json` beside it, which needs nothing of Paredown."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any
 import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from evaluators.graph import MODEL_FILE
 from spaces.detectors.base import Category, Postprocess, Preprocess
 from spaces.errors import InputError
 from spaces.recipe import Recipe
 
-MODEL_FILE, CARD_FILE = "model.onnx", "model.json"
+CARD_FILE = "model.json"
+MODEL_FILES = (MODEL_FILE, "model.pt")
+"""Names of deployable files: those of ONNX engines, and of torch."""
 
 
 class CardCategory(BaseModel):
@@ -78,6 +81,12 @@ class ModelCard(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise InputError(f"{file}: {where}", first.get("input"), first["msg"]) from None
+
+
+def model_in(directory: Path) -> Path:
+    """The model file in a folder; where there is none, where `model.onnx` would be."""
+    there = [directory / name for name in MODEL_FILES if (directory / name).is_file()]
+    return there[0] if there else directory / MODEL_FILE
 
 
 def card_categories(categories: Sequence[Category]) -> tuple[CardCategory, ...]:

@@ -13,7 +13,7 @@ from evaluators.accuracy import score_session
 from evaluators.bench import Bench, BenchConfig
 from evaluators.damage import Damage
 from evaluators.evaluation import Evaluation, Measurement
-from evaluators.exported import MODEL_FILE, ModelCard
+from evaluators.exported import ModelCard, model_in
 from evaluators.finetune import fine_tune, recalibrate_norms
 from evaluators.jobs import Job, StageReport
 from evaluators.latency import PairedLatency, measure_pair
@@ -55,9 +55,9 @@ class CandidateWorker:
         with bench.slot.computing():
             draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         draft.network.requires_grad_(True)
-        yield clock.ended("compress", "load the teacher" if draft.channels else "export")
+        yield clock.ended("compress", "load the teacher" if draft.changed else "export")
         step_ms: list[float] = []
-        if draft.channels:  # what keeps its channels keeps its weights, too
+        if draft.changed:  # what only changes its bit-widths keeps its weights
             yield from self._fine_tune(draft.network, job.seed, clock, step_ms)
         card, session = self._exported(draft, recipe, folder)
         yield clock.ended("export", "score")
@@ -80,7 +80,7 @@ class CandidateWorker:
             status="ok",
             metrics=metrics,
             split=str(bench.splits["select"].source),
-            artifact=str(folder / MODEL_FILE),
+            artifact=str(model_in(folder)),
             environment=bench.target.signature(bench.config.threads) | {"hint": card.runtime.hint},
             details=details,
             seconds=clock.seconds,
@@ -177,10 +177,10 @@ class CandidateWorker:
                 low=paired.low * reference,
                 high=paired.high * reference,
             ),
-            "size_mb": Measurement(value=(folder / MODEL_FILE).stat().st_size / 1e6, unit="MB"),
+            "size_mb": Measurement(value=model_in(folder).stat().st_size / 1e6, unit="MB"),
             "params": Measurement(value=parameters(draft.network), unit="parameters"),
             "macs": Measurement(value=total_macs(recipe, self.bench.sites), unit="MACs"),
-            "peak_memory_mb": Measurement(value=self._memory(folder / MODEL_FILE, hint), unit="MB"),
+            "peak_memory_mb": Measurement(value=self._memory(model_in(folder), hint), unit="MB"),
         }
         if step_ms:
             metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")

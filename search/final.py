@@ -10,7 +10,7 @@ from typing import Any
 
 from evaluators.accuracy import map_difference_interval, score_session
 from evaluators.bench import Bench
-from evaluators.exported import CARD_FILE, MODEL_FILE, ModelCard
+from evaluators.exported import CARD_FILE, ModelCard, model_in
 from evaluators.latency import measure_many
 from evaluators.targets.base import Detections, Session
 from search.front import FINAL
@@ -47,9 +47,9 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
     if base is None:
         raise InputError("study", study.name, "has no base yet; let the search run until its first trial")
     wanted = sorted({base, *front_numbers(study)})
-    there = [n for n in wanted if (study.trial_folder(n) / MODEL_FILE).is_file()]
+    there = [n for n in wanted if model_in(study.trial_folder(n)).is_file()]
     if base not in there:
-        raise InputError("base model", str(study.trial_folder(base) / MODEL_FILE), "is gone")
+        raise InputError("base model", str(model_in(study.trial_folder(base))), "is gone")
     say(f"measuring the {len(there)} models of the front again, together")
     with bench.slot.computing():
         sessions = {n: _session(bench, study, n) for n in there}
@@ -95,7 +95,7 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
 
 
 def _session(bench: Bench, study: SearchStudy, number: int) -> Session:
-    model = study.trial_folder(number) / MODEL_FILE
+    model = model_in(study.trial_folder(number))
     return bench.target.prepare(model, bench.config.threads, ModelCard.beside(model).runtime.hint)
 
 

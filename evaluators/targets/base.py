@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from spaces.capabilities import Capabilities
 
-if TYPE_CHECKING:  # torch is behind it, which a process that only serves need not load
+if TYPE_CHECKING:  # torch is behind these, which a process that only serves need not load
     from evaluators.calibration import LayerRanges
+    from evaluators.postprocess import WholeDetector
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,22 @@ class Lowered:
     hint: str = "f32"
 
 
+@dataclass(frozen=True)
+class Written:
+    """A deployable file, and the precision hint that its engine needs with it."""
+
+    model: Path
+    hint: str = "f32"
+
+
+class TensorPart(Protocol):
+    """A model without its decoding and suppression, loaded into an engine."""
+
+    def run(self, images: NDArray[np.float32]) -> object:
+        """`(1, 3, H, W)` float32, preprocessed, to raw outputs; what is returned is the engine's own."""
+        ...
+
+
 @runtime_checkable
 class Session(Protocol):
     """A model file loaded into an engine."""
@@ -49,34 +66,63 @@ class Session(Protocol):
         ...
 
     def kernels(self) -> dict[str, str]:
-        """Executed precision by layer name (`i8`, `bf16`, `f32`), read from the engine's own profile."""
+        """Executed precision (`i8`, `bf16`, `f32`) by layer, read from the engine's own profile.
+
+        Layers go by their module names; convolutions and products that are of no layer keep the name
+        that the profile gives them. A layer that the engine has removed is missing.
+        """
+        ...
+
+
+@runtime_checkable
+class Predicting(Protocol):
+    """A session whose latency is computed from a description of the hardware, not measured."""
+
+    @property
+    def predicted_ms(self) -> float:
+        """Latency of one image, milliseconds."""
         ...
 
 
 @runtime_checkable
 class Target(Protocol):
-    """An engine with its settings. Stateless; sessions hold what was loaded."""
+    """An engine with its settings. Stateless; sessions hold what was loaded.
+
+    Attributes:
+        name: by which `registry.target_named` finds it.
+        model_file: name of the deployable file, one of `evaluators.exported.MODEL_FILES`.
+    """
 
     name: str
+    model_file: str
 
     @property
     def capabilities(self) -> Capabilities:
-        """What this engine runs natively on this machine."""
+        """What this engine runs natively on this machine.
+
+        Raises:
+            InputError: this machine lacks what the engine needs.
+        """
         ...
 
     def signature(self, threads: int) -> dict[str, Any]:
         """What latencies depend on: engine and version, CPU model, ISA, threads, precision hint."""
         ...
 
-    def lower(
-        self, graph: onnx.ModelProto, bits: Mapping[str, int], ranges: Mapping[str, LayerRanges]
-    ) -> Lowered:
-        """Write bit-widths into a float32 graph the way this engine runs them.
+    def write(
+        self,
+        whole: WholeDetector,
+        bits: Mapping[str, int],
+        ranges: Mapping[str, LayerRanges],
+        directory: Path,
+    ) -> Written:
+        """Write the deployable file of a detector, whole or not at all.
 
         Args:
-            graph: of the whole detector; left untouched.
+            whole: simplified and in evaluation mode; left untouched.
             bits: by module name of every layer; 32 changes nothing.
             ranges: calibrated, of every layer at 8 bits or below.
+            directory: made where it is not there; the file is called `model_file`.
         """
         ...
 
@@ -85,5 +131,13 @@ class Target(Protocol):
 
         Raises:
             InputError: the file is missing or no model that this engine reads.
+        """
+        ...
+
+    def prepare_tensor_part(self, model: Path, threads: int, hint: str = "f32") -> TensorPart:
+        """Load the part of an exported model before decoding and suppression, to time it by itself.
+
+        Raises:
+            InputError: as `prepare`.
         """
         ...

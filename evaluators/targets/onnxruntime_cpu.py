@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from evaluators.precision import quantized
 from evaluators.signature import machine_signature
 from evaluators.targets.base import Detections, Lowered
+from evaluators.targets.onnx_target import OnnxTarget, by_layer
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # torch is behind it, which a process that only serves need n
 OUTPUTS = ["boxes", "scores", "labels"]
 
 
-class OnnxRuntime:
+class OnnxRuntime(OnnxTarget):
     """The CPU execution provider, sequential, all graph optimisations. It has no bfloat16 convolution."""
 
     name = "onnxruntime"
@@ -52,22 +53,16 @@ class OnnxRuntime:
         except Exception as error:  # onnxruntime has a dozen exception types without a common parent
             raise InputError("model", str(model), f"ONNX Runtime cannot load it ({error})") from None
 
+    def _outputs_of(self, model: Path, threads: int, hint: str) -> OnnxRuntimeTensorPart:
+        return OnnxRuntimeTensorPart(model, threads)
+
 
 class OnnxRuntimeSession:
     """A loaded model."""
 
     def __init__(self, model: Path, threads: int) -> None:
         self._model, self._threads = model, threads
-        self._session = ort.InferenceSession(str(model), self._options(), providers=["CPUExecutionProvider"])
-
-    def _options(self) -> Any:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # Idle threads that spin would take the core of whoever is measured next.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return options
+        self._session = _engine(model, _options(threads))
 
     def run(self, images: NDArray[np.float32]) -> Detections:
         """Whole detector on one preprocessed image `(1, 3, H, W)`."""
@@ -75,16 +70,16 @@ class OnnxRuntimeSession:
         return Detections(boxes, scores, labels)
 
     def kernels(self) -> dict[str, str]:
-        """Executed precision (`i8` or `f32`) by the graph name of each convolution and product."""
+        """Executed precision (`i8` or `f32`) of each convolution and product."""
         return self._profile
 
     @cached_property
     def _profile(self) -> dict[str, str]:
-        options = self._options()
+        options = _options(self._threads)
         options.enable_profiling = True
         with tempfile.TemporaryDirectory() as directory:
             options.profile_file_prefix = str(Path(directory) / "profile")
-            session = ort.InferenceSession(str(self._model), options, providers=["CPUExecutionProvider"])
+            session = _engine(self._model, options)
             session.run(None, {"images": np.zeros(session.get_inputs()[0].shape, np.float32)})
             events = json.loads(Path(session.end_profiling()).read_text())
         precisions = {}
@@ -93,4 +88,30 @@ class OnnxRuntimeSession:
             if kind in ("Conv", "FusedConv", "QLinearConv", "ConvInteger", "Gemm", "QGemm", "MatMul"):
                 name = event["name"].removesuffix("_kernel_time")
                 precisions[name] = "i8" if kind[0] == "Q" or kind == "ConvInteger" else "f32"
-        return precisions
+        return by_layer(self._model, precisions)
+
+
+class OnnxRuntimeTensorPart:
+    """A loaded graph that ends before decoding."""
+
+    def __init__(self, model: Path, threads: int) -> None:
+        self._session = _engine(model, _options(threads))
+
+    def run(self, images: NDArray[np.float32]) -> list[Any]:
+        """Raw outputs of one preprocessed image `(1, 3, H, W)`."""
+        outputs: list[Any] = self._session.run(None, {"images": images})
+        return outputs
+
+
+def _engine(model: Path, options: Any) -> Any:
+    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def _options(threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Idle threads that spin would take the core of whoever is measured next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from evaluators.precision import in_bfloat16, quantized, stored_in_bfloat16
 from evaluators.signature import machine_signature
 from evaluators.targets.base import Detections, Lowered
+from evaluators.targets.onnx_target import OnnxTarget, by_layer
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # torch is behind it, which a process that only serves need n
     from evaluators.calibration import LayerRanges
 
 
-class OpenVino:
+class OpenVino(OnnxTarget):
     """The CPU plugin, latency mode, one stream.
 
     The hint is part of what is measured: without one the plugin silently computes in bfloat16 where the
@@ -72,22 +73,16 @@ class OpenVino:
             reason = str(error).strip().splitlines()[-1]
             raise InputError("model", str(model), f"OpenVINO cannot load it ({reason})") from None
 
+    def _outputs_of(self, model: Path, threads: int, hint: str) -> OpenVinoTensorPart:
+        return OpenVinoTensorPart(model, threads, hint)
+
 
 class OpenVinoSession:
     """A compiled model with one inference request."""
 
     def __init__(self, model: Path, threads: int, hint: str) -> None:
-        self._model, self._settings = (
-            model,
-            {
-                "INFERENCE_PRECISION_HINT": hint,
-                "INFERENCE_NUM_THREADS": threads,
-                "NUM_STREAMS": 1,
-                "PERFORMANCE_HINT": "LATENCY",
-            },
-        )
-        core = ov.Core()
-        compiled = core.compile_model(str(model), "CPU", self._settings)
+        self._model, self._settings = model, _settings(threads, hint)
+        compiled = ov.Core().compile_model(str(model), "CPU", self._settings)
         self._request = compiled.create_infer_request()
         names = {name: k for k, output in enumerate(compiled.outputs) for name in output.get_names()}
         self._places = tuple(names[name] for name in ("boxes", "scores", "labels"))
@@ -100,7 +95,7 @@ class OpenVinoSession:
         return Detections(boxes, scores, labels)
 
     def kernels(self) -> dict[str, str]:
-        """Executed precision (`i8`, `bf16`, `f32`) by the graph name of each convolution and product."""
+        """Executed precision (`i8`, `bf16`, `f32`) of each convolution and product."""
         return self._profile
 
     @cached_property
@@ -110,11 +105,33 @@ class OpenVinoSession:
         shape = request.get_input_tensor(0).shape
         request.infer([np.zeros(shape, np.float32)])
         kinds = ("Convolution", "GroupConvolution", "MatMul", "FullyConnected")
-        return {
+        profile = {
             info.node_name: _precision(info.exec_type)
             for info in request.get_profiling_info()
             if info.node_type in kinds and info.status.name == "EXECUTED"
         }
+        return by_layer(self._model, profile)
+
+
+class OpenVinoTensorPart:
+    """A compiled graph that ends before decoding."""
+
+    def __init__(self, model: Path, threads: int, hint: str) -> None:
+        compiled = ov.Core().compile_model(str(model), "CPU", _settings(threads, hint))
+        self._request = compiled.create_infer_request()
+
+    def run(self, images: NDArray[np.float32]) -> None:
+        """One preprocessed image `(1, 3, H, W)`; the raw outputs stay in the engine."""
+        self._request.infer([images], share_inputs=True, share_outputs=True)
+
+
+def _settings(threads: int, hint: str) -> dict[str, Any]:
+    return {
+        "INFERENCE_PRECISION_HINT": hint,
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
 
 
 def _precision(kernel: str) -> str:

@@ -48,7 +48,7 @@ def peers(
 ) -> int:
     """The front of a study beside OpenVINO and NNCF on the same base, timed in one run."""
     from evaluators.bench import Bench
-    from evaluators.exported import MODEL_FILE, ModelCard
+    from evaluators.exported import ModelCard, model_in
     from evaluators.targets.openvino_cpu import OpenVinoSession
     from search.comparison import compare, facts_of, write_picture, write_report
     from search.front import front_of, subtitle_of
@@ -64,10 +64,10 @@ def peers(
         raise InputError("study", study, "has no base yet; let the search run until its first trial")
     threads = bench.config.threads
     models = {}
-    for peer in openvino_peers(bench, opened.trial_folder(base) / MODEL_FILE, opened.artifacts / "peers"):
+    for peer in openvino_peers(bench, model_in(opened.trial_folder(base)), opened.artifacts / "peers"):
         models[peer.name] = (OpenVinoSession(peer.model, threads, peer.hint), peer.model)
     for number in sorted(front_numbers(opened) - {base}):
-        file = opened.trial_folder(number) / MODEL_FILE
+        file = model_in(opened.trial_folder(number))
         if file.is_file():
             session = OpenVinoSession(file, threads, ModelCard.beside(file).runtime.hint)
             models[f"trial {number}"] = (session, file)

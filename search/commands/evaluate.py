@@ -100,10 +100,10 @@ def evaluate(
 
 
 def _model_of_trial(study: str, trial: int, storage: str) -> Path:
-    from evaluators.exported import MODEL_FILE
+    from evaluators.exported import model_in
     from search.study import load_study
 
-    return load_study(study, url=storage).trial_folder(trial) / MODEL_FILE
+    return model_in(load_study(study, url=storage).trial_folder(trial))
 
 
 def _base(

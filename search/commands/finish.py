@@ -51,6 +51,7 @@ def finish(
 
     --data and --checkpoint say where these are now, if they have moved.
     """
+    from evaluators.exported import model_in
     from search.front import best_within, front_of
     from search.study import load_study
     from spaces.errors import InputError
@@ -79,7 +80,7 @@ def finish(
         os.replace(draft, output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    say(f"{output}/model.onnx and model.json: trial {number} of {opened.name}, {how}")
+    say(f"{model_in(output)} and model.json: trial {number} of {opened.name}, {how}")
     say(f"verified: {bench.target.name} loads it and finds {objects} objects on select, {found:.2f} AP")
     say(f"(the study says {expected:.2f}). model.json says how to feed it; nothing of Paredown is needed.")
     return 0
@@ -116,16 +117,16 @@ def _bench(study: SearchStudy, changes: dict[str, object]) -> Bench:
 
 def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> str:
     """Copy the pair of a trial, or make it again from its stored state; says which."""
-    from evaluators.exported import CARD_FILE, MODEL_FILE
+    from evaluators.exported import CARD_FILE, model_in
     from search.trials import evaluation_of
     from spaces.apply import PLAN_FILE, STATE_FILE, rebuild
     from spaces.errors import InputError
     from spaces.space import bits_by_layer
 
     source = study.trial_folder(number)
-    if (source / MODEL_FILE).is_file() and (source / CARD_FILE).is_file():
-        for name in (MODEL_FILE, CARD_FILE):
-            shutil.copyfile(source / name, folder / name)
+    if model_in(source).is_file() and (source / CARD_FILE).is_file():
+        for file in (model_in(source), source / CARD_FILE):
+            shutil.copyfile(file, folder / file.name)
         return "copied"
     if not all((source / name).is_file() for name in (PLAN_FILE, STATE_FILE)):
         raise InputError("--trial", number, "its files are gone from the artefact folder (see keep_mb)")
@@ -142,9 +143,9 @@ def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> s
 def _score(bench: Bench, folder: Path) -> tuple[float, int]:
     """mAP on select, and the number of objects found, of the exported pair in a folder."""
     from evaluators.accuracy import score_session
-    from evaluators.exported import MODEL_FILE, ModelCard
+    from evaluators.exported import ModelCard, model_in
 
-    model = folder / MODEL_FILE
+    model = model_in(folder)
     hint = ModelCard.beside(model).runtime.hint
     with bench.slot.computing():
         session = bench.target.prepare(model, bench.config.threads, hint)
