@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import nms
 
 from spaces.detectors.base import Category, Detector, Postprocess
+from spaces.suppression import suppress
 
 
 class WholeDetector(nn.Module):
@@ -62,42 +61,3 @@ class WholeDetector(nn.Module):
         apart = boxes + (classes.to(boxes.dtype) * side).unsqueeze(1)
         final = suppress(apart, best, rules.nms_iou, rules.score_threshold, rules.max_detections)
         return boxes[final], best[final], self.category_ids[classes[final]]
-
-
-def suppress(boxes: Tensor, scores: Tensor, iou: float, threshold: float, limit: int) -> Tensor:
-    """Indices `(N,)` of the boxes that stay, best score first, N <= `limit`.
-
-    Boxes `(K, 4)` xyxy and scores `(K,)` of one class. A box goes where it overlaps a better one by more
-    than `iou`, or where its score is not above `threshold`.
-    """
-    return cast(Tensor, _Suppression.apply(boxes, scores, iou, threshold, limit))
-
-
-class _Suppression(torch.autograd.Function):
-    """In torch torchvision's NMS, in ONNX the operator with its own threshold and limit.
-
-    torchvision exports its own without either, so that engines would go through all boxes for nothing.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, boxes: Tensor, scores: Tensor, iou: float, threshold: float, limit: int) -> Tensor:
-        candidates = (scores > threshold).nonzero().squeeze(1)
-        kept = nms(boxes[candidates].float(), scores[candidates].float(), iou)[:limit]
-        return candidates[kept]
-
-    @staticmethod
-    def symbolic(g: Any, boxes: Any, scores: Any, iou: float, threshold: float, limit: int) -> Any:
-        def constant(value: int | list[int] | list[float], dtype: torch.dtype) -> Any:
-            return g.op("Constant", value_t=torch.tensor(value, dtype=dtype))
-
-        batch = constant([0], torch.int64)
-        batch_and_class = constant([0, 1], torch.int64)
-        selected = g.op(  # (N, 3): image, class, box
-            "NonMaxSuppression",
-            g.op("Unsqueeze", boxes, batch),
-            g.op("Unsqueeze", scores, batch_and_class),
-            constant([limit], torch.int64),
-            constant([iou], torch.float32),
-            constant([threshold], torch.float32),
-        )
-        return g.op("Gather", selected, constant(2, torch.int64), axis_i=1)

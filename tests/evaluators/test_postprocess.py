@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from evaluators.postprocess import WholeDetector, suppress
+from evaluators.postprocess import WholeDetector
 from evaluators.torch_session import TorchSession
 from spaces.detectors.base import Category, Postprocess
 from spaces.detectors.yolox import YoloX
+from spaces.suppression import suppress
 
 CATEGORIES = [Category(7, "a"), Category(3, "b"), Category(90, "c")]
 DETECTOR = YoloX("tiny", 3, (96, 128), depth=0.33, width=0.125)
