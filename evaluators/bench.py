@@ -201,7 +201,8 @@ class Bench:
             recipe: for the card.
             directory: where the pair goes.
         """
-        widths = dict.fromkeys(self.sites.facts, 32) | bits
+        present = dict(network.named_modules())  # without the layers of dropped blocks
+        widths = {name: bits.get(name, 32) for name in self.sites.facts if name in present}
         narrow = [layer for layer, width in widths.items() if width <= 8]
         written = self.target.write(self.whole(network), widths, self.ranges(network, narrow), directory)
         card = ModelCard(
@@ -222,9 +223,9 @@ class Bench:
 
     def runtime(self, hint: str) -> Runtime:
         """This study's engine, threads and settings, as a card says them."""
-        engine, version = str(self.target.signature(self.config.threads)["engine"]).split(" ", 1)
-        config = {"INFERENCE_PRECISION_HINT": hint} if engine == "openvino" else {}
-        return Runtime(engine=engine, version=version, threads=self.config.threads, config=config)
+        version = str(self.target.signature(self.config.threads)["engine"]).rsplit(" ", 1)[1]
+        config = {"INFERENCE_PRECISION_HINT": hint} if self.target.name == "openvino" else {}
+        return Runtime(engine=self.target.name, version=version, threads=self.config.threads, config=config)
 
     def base_model(self, directory: Path) -> Path:
         """The base in float32, exported once a study: what everything is timed against."""

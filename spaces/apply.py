@@ -14,6 +14,7 @@ from spaces.detectors.weights import load_weights, save_weights
 from spaces.errors import InputError
 from spaces.methods.activate import replace_activations
 from spaces.methods.base import Draft, LayerChannels, Statistics
+from spaces.methods.drop import drop_blocks
 from spaces.methods.prune import slice_layers
 from spaces.methods.registry import METHODS
 from spaces.recipe import Recipe
@@ -57,11 +58,12 @@ def apply(network: nn.Module, recipe: Recipe, sites: Sites, statistics: Statisti
 
 
 def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
-    """Store what `rebuild` needs: the plan (recipe, kept indices, functions, bit-widths) and the weights."""
+    """Store what `rebuild` needs: the plan (recipe, kept indices and the like) and the weights."""
     plan = {
         "recipe": recipe.model_dump(mode="json"),
         "channels": {name: {"out": c.out, "into": c.into} for name, c in draft.channels.items()},
         "activations": draft.activations,
+        "dropped": draft.dropped,
         "bits": draft.bits,
     }
     save_weights(draft.network, directory / STATE_FILE)
@@ -92,9 +94,11 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     slice_layers(network, channels)
     activations = dict(plan.get("activations", {}))
     replace_activations(network, activations)
+    dropped = tuple(plan.get("dropped", ()))
+    drop_blocks(network, dropped)
     load_weights(network, directory / STATE_FILE)
     bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
-    return recipe, Draft(network, channels, bits, activations)
+    return recipe, Draft(network, channels, bits, activations, dropped)
 
 
 def _indices(values: list[int] | None) -> tuple[int, ...] | None:

@@ -20,6 +20,7 @@ class LayerFacts:
         groups: 1, or `inputs` for a depthwise convolution.
         positions: output height x width (a linear layer: rows).
         bias: whether it has one.
+        read, written: height and width of what it reads and writes (a linear layer: rows, 1).
     """
 
     name: str
@@ -29,6 +30,8 @@ class LayerFacts:
     groups: int
     positions: int
     bias: bool
+    read: tuple[int, int] = (1, 1)
+    written: tuple[int, int] = (1, 1)
 
     @property
     def depthwise(self) -> bool:
@@ -37,6 +40,8 @@ class LayerFacts:
 
     def macs(self, inputs: int, outputs: int) -> int:
         """Multiply-accumulates of one image when `inputs` and `outputs` channels are left."""
+        if not outputs:
+            return 0
         groups = outputs if self.depthwise else self.groups
         return outputs * (inputs // groups) * math.prod(self.kernel) * self.positions
 
@@ -56,9 +61,9 @@ def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFa
     found: dict[str, LayerFacts] = {}
 
     def record(name: str) -> object:
-        def hook(module: nn.Module, _: object, output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if name not in found:
-                found[name] = _facts(name, module, output)
+                found[name] = _facts(name, module, inputs[0], output)
 
         return hook
 
@@ -78,14 +83,17 @@ def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFa
     return found
 
 
-def _facts(name: str, module: nn.Module, output: Tensor) -> LayerFacts:
+def _facts(name: str, module: nn.Module, source: Tensor, output: Tensor) -> LayerFacts:
     bias = module.bias is not None
     if isinstance(module, nn.Conv2d):
         kernel = (int(module.kernel_size[0]), int(module.kernel_size[1]))
-        positions = int(output.shape[2] * output.shape[3])
+        read, written = ((int(x.shape[2]), int(x.shape[3])) for x in (source, output))
         return LayerFacts(
-            name, module.in_channels, module.out_channels, kernel, module.groups, positions, bias
-        )
+            name, module.in_channels, module.out_channels, kernel, module.groups, math.prod(written), bias,
+            read, written,
+        )  # fmt: skip
     assert isinstance(module, nn.Linear)
     rows = int(output.numel() // module.out_features)
-    return LayerFacts(name, module.in_features, module.out_features, (1, 1), 1, rows, bias)
+    return LayerFacts(
+        name, module.in_features, module.out_features, (1, 1), 1, rows, bias, (rows, 1), (rows, 1)
+    )

@@ -59,8 +59,16 @@ class Activate(_Frozen):
     function: Literal["own", "hardswish", "relu"]
 
 
-AnyChoice = Prune | Quantize | Factorize | Activate
-T = TypeVar("T", Prune, Quantize, Factorize, Activate)
+class Drop(_Frozen):
+    """Leave a residual block out."""
+
+    kind: Literal["drop"] = "drop"
+    site: str
+    dropped: bool = True
+
+
+AnyChoice = Prune | Quantize | Factorize | Activate | Drop
+T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop)
 Choice = Annotated[AnyChoice, Field(discriminator="kind")]
 
 
@@ -127,6 +135,8 @@ def is_identity(choice: AnyChoice) -> bool:
             return False
         case Activate():
             return choice.function == "own"
+        case Drop():
+            return not choice.dropped
 
 
 def identity(detector: str) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import nn
 from spaces.activations import ActivationSite, activation_sites
 from spaces.detectors.base import Detector
 from spaces.layers import LayerFacts, trace_layers
+from spaces.residual import ResidualSite, residual_sites
 
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
@@ -61,9 +62,14 @@ class Sites:
     layer: Mapping[str, LayerSite]
     facts: Mapping[str, LayerFacts]
     activation: Mapping[str, ActivationSite] = field(default_factory=dict)
+    residual: Mapping[str, ResidualSite] = field(default_factory=dict)
 
-    def widths(self, kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-        """Input and output channels of every layer when `kept` channels are left, by site (others: all)."""
+    def widths(self, kept: Mapping[str, int], dropped: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
+        """Input and output channels of every layer when `kept` channels are left, by site (others: all).
+
+        Layers of `dropped` blocks have none.
+        """
+        gone = {layer for block in dropped for layer in self.residual[block].layers}
         removed: dict[tuple[str, str], int] = defaultdict(int)
         for name, count in kept.items():
             site = self.channel[name]
@@ -74,7 +80,7 @@ class Sites:
         for name, facts in self.facts.items():
             outputs = facts.outputs - removed[name, "out"]
             inputs = outputs if facts.depthwise else facts.inputs - removed[name, "in"]
-            result[name] = (inputs, outputs)
+            result[name] = (0, 0) if name in gone else (inputs, outputs)
         return result
 
 
@@ -84,14 +90,21 @@ def find_sites(detector: Detector, network: nn.Module, max_sites: int | None = N
     Channel sites are torch-pruning's dependency groups (Fang et al. 2023, arXiv 2301.12900), the output
     layers left out. They carry the name of the first layer that produces their channels. Layer sites are
     one layer each, a depthwise convolution joined to the layer that reads it; where that makes more than
-    `max_sites` sites of both kinds, the layers of one parent module are joined. Activation sites are stages.
+    `max_sites` sites of both kinds, the layers of one parent module are joined. Activation sites are stages,
+    residual sites single blocks.
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
     layer = {site.name: site for site in _layer_sites(facts, siblings=False)}
     if max_sites is not None and len(channel) + len(layer) > max_sites:
         layer = {site.name: site for site in _layer_sites(facts, siblings=True)}
-    return Sites(channel, layer, facts, activation_sites(detector, network, facts))
+    return Sites(
+        channel,
+        layer,
+        facts,
+        activation_sites(detector, network, facts),
+        residual_sites(detector, network, facts),
+    )
 
 
 def short_name(layer: str) -> str:

@@ -14,12 +14,20 @@ from spaces.detectors.base import Detector
 from spaces.errors import InputError
 from spaces.methods.prune import kept_channels
 from spaces.methods.registry import METHODS
-from spaces.recipe import Activate, Choice, Factorize, Prune, Quantize, Recipe, is_identity
+from spaces.recipe import Activate, Choice, Drop, Factorize, Prune, Quantize, Recipe, is_identity
 from spaces.sites import Sites
 
 Granularity = Literal["layer", "block", "stage"]
 MAX_PARAMETERS = 120
-LABELS = {"prune": "sparsity", "quantize": "bits", "factorize": "rank", "activate": "activation"}
+LABELS = {
+    "prune": "sparsity",
+    "quantize": "bits",
+    "factorize": "rank",
+    "activate": "activation",
+    "drop": "block",
+}
+JOINED = ("prune", "quantize", "factorize")
+"""Kinds that `granularity` joins; sites of the others are blocks or stages as they are."""
 
 Value = float | str
 """A parameter's value as Optuna and its dashboard see it."""
@@ -157,7 +165,8 @@ def build_space(
         if kind not in METHODS:
             raise InputError("space.methods", kind, f"choose from {', '.join(METHODS)}")
         options = METHODS[kind].options(sites, capabilities)
-        for name, members in _joined(detector, sites, options, granularity).items():
+        fine = granularity if kind in JOINED else "layer"
+        for name, members in _joined(detector, sites, options, fine).items():
             parameters.append(_parameter(name, kind, members, sites, capabilities))
     return SearchSpace(detector.name, sites, parameters)
 
@@ -170,17 +179,13 @@ def _joined(
     )
     joined: dict[str, list[tuple[Choice, ...]]] = defaultdict(list)
     for site, choices in options.items():
-        layer = _first_layer(sites, site)
-        joined[site if granularity == "layer" or layer is None else group(layer)].append(choices)
+        joined[site if granularity == "layer" else group(_first_layer(sites, site))].append(choices)
     return joined
 
 
-def _first_layer(sites: Sites, site: str) -> str | None:
-    """The layer that says which block and stage a site is of; None for a site that is no layers'."""
+def _first_layer(sites: Sites, site: str) -> str:
     if site in sites.layer:
         return sites.layer[site].layers[-1]
-    if site not in sites.channel:
-        return None
     produced = [m.layer for m in sites.channel[site].members if m.side == "out" and m.layer in sites.facts]
     return min(produced, key=list(sites.facts).index)
 
@@ -216,6 +221,8 @@ def _value(choice: Choice, sites: Sites) -> Value:
         case Activate():
             own = sites.activation[choice.site].function
             return own if choice.function == "own" else choice.function
+        case Drop():
+            return "dropped" if choice.dropped else "kept"
 
 
 def kept_by_site(recipe: Recipe, sites: Sites) -> dict[str, int]:
@@ -227,15 +234,23 @@ def kept_by_site(recipe: Recipe, sites: Sites) -> dict[str, int]:
 
 
 def bits_by_layer(recipe: Recipe, sites: Sites) -> dict[str, int]:
-    """The bit-width that every layer runs at, 32 where nothing is chosen."""
+    """The bit-width that every layer runs at, 32 where nothing is chosen; dropped layers are left out."""
     bits = dict.fromkeys(sites.facts, 32)
     for site, choice in recipe.of_kind(Quantize).items():
         for layer in sites.layer[site].layers:
             bits[layer] = max(choice.weight_bits, choice.activation_bits)
+    for block in recipe.of_kind(Drop):
+        for layer in sites.residual[block].layers:
+            del bits[layer]
     return bits
+
+
+def widths_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:
+    """Input and output channels of every layer under a recipe; none where it is dropped."""
+    return sites.widths(kept_by_site(recipe, sites), recipe.of_kind(Drop))
 
 
 def total_macs(recipe: Recipe, sites: Sites) -> int:
     """Multiply-accumulates of one image under a recipe."""
-    widths = sites.widths(kept_by_site(recipe, sites))
+    widths = widths_by_layer(recipe, sites)
     return sum(facts.macs(*widths[name]) for name, facts in sites.facts.items())

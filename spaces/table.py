@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from spaces.activations import SAVED
 from spaces.methods.prune import kept_channels
-from spaces.recipe import Activate, Prune, Quantize
+from spaces.recipe import Activate, Drop, Prune, Quantize
 from spaces.space import SearchSpace, Value
 
 Options = NDArray[np.int64]
@@ -23,7 +23,7 @@ class Shapes:
     """Layers of N recipes.
 
     Attributes:
-        inputs, outputs: `(N, L)` channels left.
+        inputs, outputs: `(N, L)` channels left; none where the layer is dropped.
         macs: `(N, L)` multiply-accumulates.
         bits: `(N, L)` bit-widths.
         costly: `(N, L)` cost of the activation function behind the layer over that of a costly one, 0..1.
@@ -34,6 +34,21 @@ class Shapes:
     macs: NDArray[np.float64]
     bits: NDArray[np.int64]
     costly: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one recipe takes from every layer; see `SpaceTable.held`.
+
+    Attributes:
+        options: `(P,)` of the recipe.
+        summed: `(L,)` each: what adds up over parameters.
+        bits: `(L,)`.
+    """
+
+    options: NDArray[np.int64]
+    summed: tuple[NDArray[np.float64], ...]
+    bits: NDArray[np.int64]
 
 
 class SpaceTable:
@@ -62,6 +77,7 @@ class SpaceTable:
         self._lost_out = np.zeros_like(self._lost_in)
         self._bits = np.full((len(self.names), most, layers), 32)
         self._saved = np.zeros((len(self.names), most, layers))
+        self._dropped = np.zeros((len(self.names), most, layers))
         self._costly = np.zeros(layers)
         for stage in sites.activation.values():
             self._costly[[place[layer] for layer in stage.layers]] = 1.0
@@ -84,9 +100,13 @@ class SpaceTable:
                         case Activate():
                             followed = [place[layer] for layer in sites.activation[choice.site].layers]
                             self._saved[p, o, followed] = SAVED.get(choice.function, 0.0)
+                        case Drop():
+                            inside = [place[layer] for layer in sites.residual[choice.site].layers]
+                            self._dropped[p, o, inside] = float(choice.dropped)
                         case _:
                             pass
         self._sets_bits = (self._bits != 32).any(axis=1)
+        self._summed = (self._lost_in, self._lost_out, self._saved, self._dropped)
         self.activates = bool(self._saved.any())
         """True where the space may replace activation functions."""
 
@@ -110,37 +130,60 @@ class SpaceTable:
         lost_out = np.zeros_like(lost_in)
         bits = np.full((count, len(self.layers)), 32)
         saved = np.zeros((count, len(self.layers)))
+        dropped = np.zeros_like(saved)
         for p in range(len(self.names)):
             chosen = options[:, p]
             lost_in += self._lost_in[p, chosen]
             lost_out += self._lost_out[p, chosen]
             bits = np.minimum(bits, self._bits[p, chosen])
             saved += self._saved[p, chosen]
-        return self._shapes(lost_in, lost_out, bits, saved)
+            dropped += self._dropped[p, chosen]
+        return self._shapes(lost_in, lost_out, bits, saved, dropped)
+
+    def held(self, current: NDArray[np.int64]) -> Held:
+        """What a recipe `(P,)` takes from every layer."""
+        rows = np.arange(len(self.names)) * self._bits.shape[1] + current
+        taken = (v.reshape(-1, len(self.layers)).take(rows, axis=0) for v in self._summed)
+        # A layer takes its bit-width from one parameter alone.
+        bits = self._bits.reshape(-1, len(self.layers)).take(rows, axis=0).min(0)
+        return Held(current, tuple(values.sum(0) for values in taken), bits)
 
     def neighbours(
-        self, current: NDArray[np.int64], parameter: NDArray[np.int64], option: NDArray[np.int64]
+        self,
+        current: NDArray[np.int64] | Held,
+        parameter: NDArray[np.int64],
+        option: NDArray[np.int64],
+        layers: NDArray[np.int64] | None = None,
     ) -> Shapes:
-        """Layers of M recipes that each differ from `current` `(P,)` in one parameter: `shapes`, faster.
+        """Layers of M recipes that each differ from `current` in one parameter: `shapes`, faster.
 
         Args:
-            current: positions of a recipe.
+            current: positions `(P,)` of a recipe, or what `held` says of them.
             parameter, option: `(M,)`, what the m-th recipe changes, and to which position.
+            layers: `(M,)`, of the m-th recipe only this layer; the result's arrays are then `(M,)`.
         """
-        rows = np.arange(len(self.names))
-        before = current[parameter]
-        lost_in = self._lost_in[rows, current].sum(0) + (
-            self._lost_in[parameter, option] - self._lost_in[parameter, before]
+        held = current if isinstance(current, Held) else self.held(current)
+        at: tuple[NDArray[np.int64], ...] = () if layers is None else (layers,)
+        new, old = (parameter, option, *at), (parameter, held.options[parameter], *at)
+        lost_in, lost_out, saved, dropped = (
+            total[at or ...] + values[new] - values[old]
+            for total, values in zip(held.summed, self._summed, strict=True)
         )
-        lost_out = self._lost_out[rows, current].sum(0) + (
-            self._lost_out[parameter, option] - self._lost_out[parameter, before]
-        )
-        held = self._bits[rows, current].min(0)  # a layer takes its bit-width from one parameter alone
-        bits = np.where(self._sets_bits[parameter], self._bits[parameter, option], held)
-        saved = self._saved[rows, current].sum(0) + (
-            self._saved[parameter, option] - self._saved[parameter, before]
-        )
-        return self._shapes(lost_in, lost_out, bits, saved)
+        bits = self.bits_after(held, parameter, option, layers)
+        return self._shapes(lost_in, lost_out, bits, saved, dropped, layers)
+
+    def bits_after(
+        self,
+        held: Held,
+        parameter: NDArray[np.int64],
+        option: NDArray[np.int64],
+        layers: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.int64]:
+        """Bit-widths alone of `neighbours`."""
+        at: tuple[NDArray[np.int64], ...] = () if layers is None else (layers,)
+        own = self._bits[(parameter, option, *at)]
+        bits: NDArray[np.int64] = np.where(self._sets_bits[(parameter, *at)], own, held.bits[at or ...])
+        return bits
 
     def _shapes(
         self,
@@ -148,9 +191,13 @@ class SpaceTable:
         lost_out: NDArray[np.float64],
         bits: NDArray[np.int64],
         saved: NDArray[np.float64],
+        dropped: NDArray[np.float64],
+        layers: NDArray[np.int64] | None = None,
     ) -> Shapes:
-        outputs = self._base_out - lost_out
-        inputs = np.where(self.depthwise, outputs, self._base_in - lost_in)
-        filters = np.where(self.depthwise, 1.0, inputs / self._groups)
-        macs = outputs * filters * self._kernel * self.positions
-        return Shapes(inputs, outputs, macs, bits, np.maximum(self._costly - saved, 0.0))
+        at = slice(None) if layers is None else layers
+        left = dropped < 0.5
+        outputs = (self._base_out[at] - lost_out) * left
+        inputs = np.where(self.depthwise[at], outputs, (self._base_in[at] - lost_in) * left)
+        filters = np.where(self.depthwise[at], 1.0, inputs / self._groups[at])
+        macs = outputs * filters * self._kernel[at] * self.positions[at]
+        return Shapes(inputs, outputs, macs, bits, np.maximum(self._costly[at] - saved, 0.0))

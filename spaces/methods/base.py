@@ -33,17 +33,19 @@ class Draft:
         channels: what is left of each layer that lost channels.
         bits: (weight, activation) bit-widths of the layers that are not float32.
         activations: functions put in the place of others, by the name of the activation module.
+        dropped: residual blocks that are left out, by module name.
     """
 
     network: nn.Module
     channels: dict[str, LayerChannels] = field(default_factory=dict)
     bits: dict[str, tuple[int, int]] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
         """True where more than bit-widths differs from the base: such a network has to be trained."""
-        return bool(self.channels or self.activations)
+        return bool(self.channels or self.activations or self.dropped)
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spaces.methods.activate import Activation
 from spaces.methods.base import Method
+from spaces.methods.drop import Dropping
 from spaces.methods.prune import Pruning
 from spaces.methods.quantize import Quantization
 
@@ -11,4 +12,5 @@ METHODS: dict[str, Method] = {
     "prune": Pruning(),
     "activate": Activation(),
     "quantize": Quantization(),
+    "drop": Dropping(),
 }
