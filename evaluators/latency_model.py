@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,22 @@ class LatencyModel:
         """Latency ratios `(N,)` of recipes given by their shapes."""
         return features(self.table, shapes) @ self.weights
 
+    def by_layer(
+        self, shapes: Shapes, before: NDArray[np.int64], layers: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """What single layers take, in ratio to the base's latency.
+
+        Args:
+            shapes: `(K,)` arrays, of one layer each.
+            before: `(K,)` bit-widths of the layers executed before them.
+            layers: `(K,)`, which ones they are.
+        """
+        total = np.zeros(len(layers))
+        terms = _terms(self.table, shapes, before, layers)
+        for weight, term in zip(self.weights[:-1], terms, strict=True):
+            total += weight * term
+        return total
+
 
 def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
     """Features `(N, F)`, each scaled so that the base's total is about 1.
@@ -46,30 +63,45 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
     elements written; where the space replaces activation functions, elements that a costly one takes as
     well. Then elements that cross from one bit-width to another (casts and Q/DQ), and 1.
     """
-    base = table.base
-    filled = np.ceil(shapes.outputs / LANES) * LANES / np.maximum(shapes.outputs, 1)
-    macs = shapes.macs * filled
-    written = shapes.outputs * table.positions
-    dense, scale = ~table.depthwise, base.macs.sum()
-    elements = float((base.outputs * table.positions).sum())
-    thin = max(float(base.macs[:, table.depthwise].sum()), 1e-9)
-    columns = []
-    for width in WIDTHS:
-        here = shapes.bits == width
-        columns.append((macs * (here & dense)).sum(1) / scale)
-        columns.append((macs * (here & table.depthwise)).sum(1) / thin)
-        columns.append((written * here).sum(1) / elements)
-        if table.activates:
-            columns.append((written * here * shapes.costly).sum(1) / elements)
     before = np.roll(shapes.bits, 1, axis=1)
     before[:, 0] = shapes.bits[:, 0]
-    read = shapes.inputs * table.positions
-    for narrow in (True, False):
-        eight = (shapes.bits == 8) != (before == 8)
-        crossing = eight if narrow else (shapes.bits != before) & ~eight
-        columns.append((read * crossing).sum(1) / elements)
-    columns.append(np.ones(len(shapes.bits)))
-    return np.stack(columns, axis=1)
+    columns = [term.sum(1) for term in _terms(table, shapes, before)]
+    return np.stack([*columns, np.ones(len(shapes.bits))], axis=1)
+
+
+def _terms(
+    table: SpaceTable,
+    shapes: Shapes,
+    before: NDArray[np.int64],
+    layers: NDArray[np.int64] | slice = slice(None),
+) -> Iterator[NDArray[np.float64]]:
+    """What every layer adds to each feature but the last, in their order; arrays like those of `shapes`.
+
+    Args:
+        table: of the space.
+        shapes: of the layers.
+        before: bit-widths of the layers executed before them.
+        layers: which ones they are, along the last axis of the shapes.
+    """
+    base, positions, depthwise = table.base, table.positions[layers], table.depthwise[layers]
+    filled = np.ceil(shapes.outputs / LANES) * LANES / np.maximum(shapes.outputs, 1)
+    macs = shapes.macs * filled
+    scale, elements = float(base.macs.sum()), float((base.outputs * table.positions).sum())
+    thin = max(float(base.macs[:, table.depthwise].sum()), 1e-9)
+    macs_dense, macs_thin = macs * ~depthwise / scale, macs * depthwise / thin
+    written = shapes.outputs * positions / elements
+    costly = written * shapes.costly
+    for width in WIDTHS:
+        here = shapes.bits == width
+        yield macs_dense * here
+        yield macs_thin * here
+        yield written * here
+        if table.activates:
+            yield costly * here
+    read = shapes.inputs * positions / elements
+    eight = (shapes.bits == 8) != (before == 8)
+    yield read * eight
+    yield read * ((shapes.bits != before) & ~eight)
 
 
 def fit_latency(table: SpaceTable, options: Options, ratios: NDArray[np.float64]) -> LatencyModel:

@@ -7,6 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from evaluators.latency_model import LatencyModel, features
+from search.seeds import uniform_starts
 from search.solver import PathPoint, at_damages, damage_path
 from spaces.table import SpaceTable
 from tests.search.toy_space import toy_table
@@ -59,6 +60,48 @@ def test_near_the_exact_front_of_a_space_that_can_be_enumerated(seed: int) -> No
     damages = [point.damage for point in path]
     assert latencies == sorted(latencies, reverse=True)
     assert damages == sorted(damages)
+
+
+def plain_descent(
+    damage: NDArray[np.float64], model: LatencyModel, start: NDArray[np.int64]
+) -> list[list[int]]:
+    """The solver's steps by predicting every recipe of a single change as a whole."""
+    current, steps = start.copy(), [start.tolist()]
+    while True:
+        latency = float(model.predict(current[None])[0])
+        best: tuple[float, int, int] | None = None
+        for p, o in zip(*np.nonzero(np.isfinite(damage)), strict=True):
+            changed = current.copy()
+            changed[p] = o
+            extra = damage[p, o] - damage[p, current[p]]
+            saved = latency - float(model.predict(changed[None])[0])
+            if extra >= 0 and saved > 1e-6 and (best is None or saved / max(extra, 1e-9) > best[0]):
+                best = saved / max(extra, 1e-9), int(p), int(o)
+        if best is None:
+            return steps
+        current[best[1]] = best[2]
+        steps.append(current.tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_are_those_of_predicting_everything_anew(seed: int) -> None:
+    table = toy_table()
+    model, damage = toy_model(table), random_damage(table, seed)
+    for start in uniform_starts(table):
+        fast = damage_path(damage, model, [start], slowest_useful=np.inf)
+        assert [point.options.tolist() for point in fast] == plain_descent(damage, model, start)
+        for point in fast:
+            assert point.latency == pytest.approx(float(model.predict(point.options[None])[0]))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 2.0, 100.0])
+def test_a_limit_leaves_out_only_what_is_beyond_it(limit: float) -> None:
+    table = toy_table()
+    model, damage = toy_model(table), random_damage(table, 1)
+    whole = damage_path(damage, model, uniform_starts(table))
+    short = damage_path(damage, model, uniform_starts(table), limit=limit)
+    expected = [point for point in whole if point.damage <= limit] or whole[:1]
+    assert [p.options.tolist() for p in short] == [p.options.tolist() for p in expected]
 
 
 def test_options_of_unknown_damage_are_never_taken() -> None:
