@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from copy import deepcopy
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from spaces.detectors.base import Outputs
+from spaces.detectors.folding import folded
 
 STRIDES = (8, 16, 32)
 """Input pixels per cell of the three levels of raw outputs."""
@@ -244,10 +243,7 @@ def simplified(network: nn.Module) -> nn.Module:
 
     Exact up to rounding, for pruned networks, too. Layers keep their names.
     """
-    copy = deepcopy(network).eval()
-    for block in [module for module in copy.modules() if isinstance(module, ConvBlock)]:
-        if isinstance(block.bn, nn.BatchNorm2d):
-            _fold(block)
+    copy = folded(network)
     darknet = copy.get_submodule("backbone.backbone")
     if isinstance(darknet.stem, Focus):
         stem = darknet.stem.conv
@@ -255,21 +251,6 @@ def simplified(network: nn.Module) -> nn.Module:
             stem.conv = _without_focus(stem.conv)
             darknet.stem = nn.Sequential(OrderedDict(conv=stem))
     return copy
-
-
-def _fold(block: ConvBlock) -> None:
-    conv: nn.Module = block.conv
-    if isinstance(conv, nn.Sequential):  # a factorised convolution: BatchNorm follows the last of its parts
-        conv[-1] = _folded(conv[-1], block.bn)
-    else:
-        block.conv = _folded(conv, block.bn)
-    block.register_module("bn", nn.Identity())
-
-
-def _folded(conv: nn.Module, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f"BatchNorm cannot be folded into {type(conv).__name__}")
-    return fuse_conv_bn_eval(conv, norm)
 
 
 def _without_focus(conv: nn.Conv2d) -> nn.Conv2d:

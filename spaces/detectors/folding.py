@@ -1,0 +1,54 @@
+"""BatchNorm folded into the layer in front of it, for `Detector.simplified` of any family."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
+
+from spaces.lowrank import Factors
+
+
+def folded(network: nn.Module) -> nn.Module:
+    """A copy in evaluation mode with BatchNorm folded by `fold_norms`."""
+    network = copy.deepcopy(network).eval()
+    fold_norms(network)
+    return network
+
+
+def fold_norms(network: nn.Module) -> None:
+    """Fold every BatchNorm that a module holds right behind a convolution, in place; an identity stays there.
+
+    For modules that register a convolution and its norm one after the other and run them so, as those of
+    torchvision, YOLOX and Ultralytics do. `network` is in evaluation mode.
+    """
+    for module in list(network.modules()):
+        if isinstance(module, Factors):
+            continue
+        for (name, layer), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+            norms = isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
+            if norms and isinstance(layer, nn.Conv2d | Factors):
+                module.register_module(name, fold(layer, norm))
+                module.register_module(norm_name, nn.Identity())
+
+
+def fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """What `norm(layer(x))` computes in evaluation mode, as a layer; a factorised one takes it into its last.
+
+    Raises:
+        TypeError: no layer or norm that can be folded.
+    """
+    if isinstance(layer, Factors):
+        return Factors(*layer[:-1], fold(layer[-1], norm)).eval()
+    if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+        return fuse_conv_bn_eval(layer, norm)
+    if isinstance(layer, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
+        whole = copy.deepcopy(layer)
+        whole.weight, whole.bias = fuse_conv_bn_weights(
+            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        return whole
+    raise TypeError(f"{type(norm).__name__} cannot be folded into {type(layer).__name__}")

@@ -1,0 +1,178 @@
+"""Layers of low rank: a convolution or linear layer as a sequence of thinner ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+Kind = Literal["svd", "tucker", "split"]
+
+
+@dataclass(frozen=True)
+class Factored:
+    """How a layer was factorised: all that is needed to make layers of the same shapes.
+
+    Attributes:
+        kind: `svd` for two linear or 1x1 layers, `tucker` for 1x1, k x k, 1x1, `split` for k x 1, 1 x k.
+        ranks: channels between the factors: one, for `tucker` two. A side of `tucker` whose rank is its
+            number of channels has no factor.
+    """
+
+    kind: Kind
+    ranks: tuple[int, ...]
+
+
+class Factors(nn.Sequential):
+    """In the place of a layer, under its name: the thinner layers that it became, called `0`, `1` ..."""
+
+
+def part_names(network: nn.Module, layer: str) -> tuple[str, ...]:
+    """Names of the modules that compute a layer: its own, or those of its factors."""
+    module = network.get_submodule(layer)
+    if not isinstance(module, Factors):
+        return (layer,)
+    return tuple(f"{layer}.{name}" for name, _ in module.named_children())
+
+
+def shaped(layer: nn.Conv2d | nn.Linear, plan: Factored) -> Factors:
+    """Factors of the right shapes for a layer, their weights not set, except for the bias."""
+    factors = Factors(*(_linear(layer, plan) if isinstance(layer, nn.Linear) else _convs(layer, plan)))
+    if layer.bias is not None:
+        factors[-1].bias.data = layer.bias.detach().clone()
+    return factors.to(layer.weight).requires_grad_(layer.weight.requires_grad).train(layer.training)
+
+
+def _linear(layer: nn.Linear, plan: Factored) -> list[nn.Module]:
+    (rank,) = plan.ranks
+    return [
+        skip_init(nn.Linear, layer.in_features, rank, bias=False),
+        skip_init(nn.Linear, rank, layer.out_features, bias=layer.bias is not None),
+    ]
+
+
+def _convs(conv: nn.Conv2d, plan: Factored) -> list[nn.Module]:
+    inputs, outputs, bias = conv.in_channels, conv.out_channels, conv.bias is not None
+    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    padding = (conv.padding, conv.padding) if isinstance(conv.padding, str) else conv.padding
+    if plan.kind == "svd":
+        (rank,) = plan.ranks
+        first = skip_init(
+            nn.Conv2d, inputs, rank, 1, stride, conv.padding, bias=False, padding_mode=conv.padding_mode
+        )
+        return [first, skip_init(nn.Conv2d, rank, outputs, 1, bias=bias)]
+    if plan.kind == "split":
+        (rank,) = plan.ranks
+        tall, wide = (
+            (padding[0], padding[1]) if isinstance(conv.padding, str) else ((padding[0], 0), (0, padding[1]))
+        )
+        first = skip_init(
+            nn.Conv2d, inputs, rank, (kernel[0], 1), (stride[0], 1), tall, (dilation[0], 1),
+            bias=False, padding_mode=conv.padding_mode,
+        )  # fmt: skip
+        second = skip_init(
+            nn.Conv2d, rank, outputs, (1, kernel[1]), (1, stride[1]), wide, (1, dilation[1]),
+            bias=bias, padding_mode=conv.padding_mode,
+        )  # fmt: skip
+        return [first, second]
+    rank_in, rank_out = plan.ranks
+    parts: list[nn.Module] = []
+    if rank_in < inputs:
+        parts.append(skip_init(nn.Conv2d, inputs, rank_in, 1, bias=False))
+    core = skip_init(
+        nn.Conv2d, rank_in, rank_out, kernel, stride, conv.padding, dilation,
+        bias=bias and rank_out == outputs, padding_mode=conv.padding_mode,
+    )  # fmt: skip
+    parts.append(core)
+    if rank_out < outputs:
+        parts.append(skip_init(nn.Conv2d, rank_out, outputs, 1, bias=bias))
+    return parts
+
+
+def factorised(layer: nn.Conv2d | nn.Linear, plan: Factored) -> Factors:
+    """The closest factors of a layer that a truncated decomposition gives, computed in float64.
+
+    `svd` and `split` (Jaderberg et al. 2014, arXiv 1405.3866, scheme 2) are the best approximation of the
+    weight of that rank; `tucker` is the truncated HOSVD (Kim et al. 2016, arXiv 1511.06530), within a
+    factor of sqrt(2) of the best.
+    """
+    factors = shaped(layer, plan)
+    weight = layer.weight.detach().double()
+    weights: list[Tensor]
+    if plan.kind == "svd":
+        left, right = _low_rank(weight.flatten(1), plan.ranks[0])
+        weights = [right, left]
+    elif plan.kind == "split":
+        left, right = _low_rank(_split_matrix(weight), plan.ranks[0])
+        outputs, _, _, wide = weight.shape
+        weights = [right, left.view(outputs, wide, -1).transpose(1, 2)]
+    else:
+        into, out, core = _tucker(weight, *plan.ranks)
+        weights = [into.T] if plan.ranks[0] < weight.shape[1] else []
+        weights += [core]
+        weights += [out] if plan.ranks[1] < weight.shape[0] else []
+    for module, values in zip(factors, weights, strict=True):
+        module.weight.data.copy_(values.reshape(module.weight.shape))
+    return factors
+
+
+def errors(weight: Tensor, ranks: Mapping[Kind, tuple[int, ...]]) -> dict[Kind, float]:
+    """Squared error that each decomposition of a k x k weight `(O, I, kh, kw)` leaves."""
+    weight = weight.detach().double()
+    total, found = float(weight.square().sum()), dict[Kind, float]()
+    for kind, wanted in ranks.items():
+        if kind == "tucker":
+            kept = float(_tucker(weight, *wanted)[2].square().sum())
+        else:
+            matrix = _split_matrix(weight) if kind == "split" else weight.flatten(1)
+            kept = float(torch.linalg.eigvalsh(_gram(matrix))[-wanted[0] :].sum())
+        found[kind] = total - kept
+    return found
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    """The smaller of the two products of a matrix with itself: the squared singular values are in it."""
+    return matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+
+
+def _leading(matrix: Tensor, rank: int) -> Tensor:
+    """The `rank` leading left singular vectors `(rows, rank)` of a matrix."""
+    vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T).eigenvectors
+    return vectors[:, -rank:].flip(1)
+
+
+def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`(rows, rank)` and `(rank, columns)` whose product is closest, both of the same size.
+
+    From the smaller Gram matrix, many times faster than a singular value decomposition of large layers.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        left, right = _low_rank(matrix.T, rank)
+        return right.T, left.T
+    basis = _leading(matrix, rank)
+    projected = basis.T @ matrix
+    scale = projected.norm(dim=1).clamp_min(1e-12).sqrt()
+    return basis * scale, projected / scale[:, None]
+
+
+def _split_matrix(weight: Tensor) -> Tensor:
+    """`(O kw, I kh)`: rank r of it is r columns of k x 1 filters and r rows of 1 x k ones."""
+    return weight.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
+
+
+def _tucker(weight: Tensor, rank_in: int, rank_out: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Bases `(I, rank_in)` and `(O, rank_out)` and the core `(rank_out, rank_in, kh, kw)`.
+
+    A side of full rank keeps its channels as they are.
+    """
+    outputs, inputs = weight.shape[:2]
+    into, out = torch.eye(inputs).to(weight), torch.eye(outputs).to(weight)
+    if rank_in < inputs:
+        into = _leading(weight.transpose(0, 1).flatten(1), rank_in)
+    if rank_out < outputs:
+        out = _leading(weight.flatten(1), rank_out)
+    return into, out, torch.einsum("oihw,ia,ob->bahw", weight, into, out)
