@@ -111,3 +111,16 @@ class Geometry:
                 self.positions,
             ),
         )
+
+
+def layer_ranks(
+    facts: LayerFacts, inputs: int, outputs: int, ratio: float, multiple: int
+) -> tuple[int, int, int] | None:
+    """`Geometry.ranks` of one layer, and the multiplications that are left; None where it stays whole."""
+    geometry = Geometry.of([facts])
+    widths = np.array([float(inputs)]), np.array([float(outputs)])
+    ranks = geometry.ranks(*widths, np.array([ratio]), multiple)
+    if not ranks[0]:
+        return None
+    macs = sum(float(part.macs[0]) for part in geometry.parts(*widths, *ranks))
+    return int(ranks[0][0]), int(ranks[1][0]), int(macs)

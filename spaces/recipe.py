@@ -49,6 +49,7 @@ class Factorize(_Frozen):
     kind: Literal["factorize"] = "factorize"
     site: str
     rank_ratio: float = Field(gt=0.0, le=1.0, description="rank / full rank of the pruned layer")
+    multiple: int = Field(default=8, ge=1, description="ranks are rounded to multiples of it")
 
 
 class Activate(_Frozen):
@@ -132,7 +133,7 @@ def is_identity(choice: AnyChoice) -> bool:
         case Quantize():
             return choice.weight_bits == choice.activation_bits == 32
         case Factorize():
-            return False
+            return choice.rank_ratio == 1.0
         case Activate():
             return choice.function == "own"
         case Drop():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from spaces.detectors.base import Detector
 from spaces.errors import InputError
 from spaces.methods.prune import kept_channels
 from spaces.methods.registry import METHODS
+from spaces.ranks import layer_ranks
 from spaces.recipe import Activate, Choice, Drop, Factorize, Prune, Quantize, Recipe, is_identity
 from spaces.sites import Sites
 
@@ -79,10 +81,13 @@ class SearchSpace:
         detector: its name, for the recipes.
         sites: on the base graph.
         parameters: at most one choice a kind and site.
+        ranks_left_out: sites whose rank is not searched, because there would be too many parameters.
     """
 
-    def __init__(self, detector: str, sites: Sites, parameters: Sequence[Parameter]) -> None:
-        self.detector, self.sites = detector, sites
+    def __init__(
+        self, detector: str, sites: Sites, parameters: Sequence[Parameter], ranks_left_out: int = 0
+    ) -> None:
+        self.detector, self.sites, self.ranks_left_out = detector, sites, ranks_left_out
         self.parameters = {p.name: p for p in parameters if len(p.values) > 1}
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -145,7 +150,8 @@ class SearchSpace:
         for parameter in self.parameters.values():
             kinds[LABELS[parameter.kind]] += 1
         options = sum(len(p.values) for p in self.parameters.values())
-        return {"parameters": len(self.parameters), "options": options, **kinds}
+        left_out = {"ranks left out": self.ranks_left_out} if self.ranks_left_out else {}
+        return {"parameters": len(self.parameters), "options": options, **kinds, **left_out}
 
 
 def build_space(
@@ -168,7 +174,23 @@ def build_space(
         fine = granularity if kind in JOINED else "layer"
         for name, members in _joined(detector, sites, options, fine).items():
             parameters.append(_parameter(name, kind, members, sites, capabilities))
-    return SearchSpace(detector.name, sites, parameters)
+    parameters = [p for p in parameters if len(p.values) > 1]
+    offered = _within_limit(detector.name, sites, parameters)
+    return SearchSpace(detector.name, sites, offered, len(parameters) - len(offered))
+
+
+def _within_limit(detector: str, sites: Sites, parameters: list[Parameter]) -> list[Parameter]:
+    """Without the ranks that save least, where there are more than `MAX_PARAMETERS` parameters."""
+    ranks = [p for p in parameters if p.kind == "factorize"]
+    excess = len(parameters) - MAX_PARAMETERS
+    if excess <= 0 or not ranks:
+        return parameters
+
+    def macs(parameter: Parameter) -> int:
+        return total_macs(Recipe(detector=detector, choices=parameter.choices[-1]), sites)
+
+    dropped = sorted(ranks, key=macs, reverse=True)[:excess]
+    return [p for p in parameters if p not in dropped]
 
 
 def _joined(
@@ -194,20 +216,32 @@ def _parameter(
     name: str, kind: str, members: list[tuple[Choice, ...]], sites: Sites, capabilities: Capabilities
 ) -> Parameter:
     label = f"{LABELS[kind]} {name}"
-    if kind != "prune" or len(members) == 1:
+    if kind not in ("prune", "factorize") or len(members) == 1:
         values = tuple(_value(choice, sites) for choice in members[0])
         return Parameter(label, kind, values, tuple(zip(*members, strict=True)))
-    # Sites of several widths share one sparsity: each takes its own nearest step to an eighth's multiple.
-    steps = [k / 8 for k in range(8)]
+    # Sites of several widths share one value: each takes its own nearest step to a sparsity of a multiple of
+    # an eighth, and of the ranks that it offers the lowest one that is no lower.
+    steps: list[float] = [k / 8 for k in range(8)]
+    if kind == "factorize":
+        steps = sorted({c.rank_ratio for o in members for c in o if isinstance(c, Factorize)}, reverse=True)
     choices = tuple(
         tuple(_nearest(options, step) for options in members if len(options) > 1) for step in steps
     )
-    distinct = [k for k in range(8) if k == 0 or choices[k] != choices[k - 1]]
+    distinct = [k for k in range(len(steps)) if k == 0 or choices[k] != choices[k - 1]]
     return Parameter(label, kind, tuple(steps[k] for k in distinct), tuple(choices[k] for k in distinct))
 
 
-def _nearest(options: tuple[Choice, ...], sparsity: float) -> Choice:
-    return min(options, key=lambda c: abs(c.sparsity - sparsity) if isinstance(c, Prune) else 1.0)
+def _nearest(options: tuple[Choice, ...], value: float) -> Choice:
+    def distance(choice: Choice) -> float:
+        match choice:
+            case Prune():
+                return abs(choice.sparsity - value)
+            case Factorize() if choice.rank_ratio >= value:
+                return choice.rank_ratio - value
+            case _:
+                return math.inf
+
+    return min(options, key=distance)
 
 
 def _value(choice: Choice, sites: Sites) -> Value:
@@ -251,6 +285,14 @@ def widths_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:
 
 
 def total_macs(recipe: Recipe, sites: Sites) -> int:
-    """Multiply-accumulates of one image under a recipe."""
+    """Multiply-accumulates of one image under a recipe.
+
+    Factorised layers count as Tucker-2 where a spatial split, which takes no more, may be chosen.
+    """
     widths = widths_by_layer(recipe, sites)
-    return sum(facts.macs(*widths[name]) for name, facts in sites.facts.items())
+    macs = {name: facts.macs(*widths[name]) for name, facts in sites.facts.items()}
+    for site, choice in recipe.of_kind(Factorize).items():
+        for name in sites.layer[site].layers:
+            ranks = layer_ranks(sites.facts[name], *widths[name], choice.rank_ratio, choice.multiple)
+            macs[name] = macs[name] if ranks is None else ranks[2]
+    return sum(macs.values())

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from spaces.activations import SAVED
 from spaces.methods.prune import kept_channels
-from spaces.recipe import Activate, Drop, Prune, Quantize
+from spaces.ranks import Geometry, Part
+from spaces.recipe import Activate, Drop, Factorize, Prune, Quantize
 from spaces.space import SearchSpace, Value
 
 Options = NDArray[np.int64]
@@ -24,9 +25,11 @@ class Shapes:
 
     Attributes:
         inputs, outputs: `(N, L)` channels left; none where the layer is dropped.
-        macs: `(N, L)` multiply-accumulates.
+        macs: `(N, L)` multiply-accumulates, of all factors of a factorised layer.
         bits: `(N, L)` bit-widths.
         costly: `(N, L)` cost of the activation function behind the layer over that of a costly one, 0..1.
+        rank_in, rank_out: `(N, L)` channels behind the first factor of a factorised layer and before its
+            last one; 0 where it is whole.
     """
 
     inputs: NDArray[np.float64]
@@ -34,6 +37,8 @@ class Shapes:
     macs: NDArray[np.float64]
     bits: NDArray[np.int64]
     costly: NDArray[np.float64]
+    rank_in: NDArray[np.float64]
+    rank_out: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class SpaceTable:
         self.depthwise = np.array([layer.depthwise for layer in facts])
         self._kernel = np.array([layer.kernel[0] * layer.kernel[1] for layer in facts], float)
         self._groups = np.array([1 if layer.depthwise else layer.groups for layer in facts], float)
+        self._geometry = Geometry.of(facts)
         self._base_in = np.array([layer.inputs for layer in facts], float)
         self._base_out = np.array([layer.outputs for layer in facts], float)
         self._widths_and_bits()
@@ -75,6 +81,8 @@ class SpaceTable:
         most, layers = int(self.sizes.max(initial=1)), len(self.layers)
         self._lost_in = np.zeros((len(self.names), most, layers))
         self._lost_out = np.zeros_like(self._lost_in)
+        self._low_rank = np.zeros_like(self._lost_in)  # 1 - rank / full rank
+        self._multiple = 1
         self._bits = np.full((len(self.names), most, layers), 32)
         self._saved = np.zeros((len(self.names), most, layers))
         self._dropped = np.zeros((len(self.names), most, layers))
@@ -100,15 +108,20 @@ class SpaceTable:
                         case Activate():
                             followed = [place[layer] for layer in sites.activation[choice.site].layers]
                             self._saved[p, o, followed] = SAVED.get(choice.function, 0.0)
+                        case Factorize():
+                            thinner = [place[layer] for layer in sites.layer[choice.site].layers]
+                            self._low_rank[p, o, thinner] = 1 - choice.rank_ratio
+                            self._multiple = choice.multiple
                         case Drop():
                             inside = [place[layer] for layer in sites.residual[choice.site].layers]
                             self._dropped[p, o, inside] = float(choice.dropped)
-                        case _:
-                            pass
         self._sets_bits = (self._bits != 32).any(axis=1)
-        self._summed = (self._lost_in, self._lost_out, self._saved, self._dropped)
+        # What adds up over parameters; a layer's rank is chosen by one parameter alone.
+        self._summed = (self._lost_in, self._lost_out, self._low_rank, self._saved, self._dropped)
         self.activates = bool(self._saved.any())
         """True where the space may replace activation functions."""
+        self.factorizes = bool(self._low_rank.any())
+        """True where the space may factorise layers."""
 
     def options(self, params: Sequence[Mapping[str, Any]]) -> Options:
         """Positions `(N, P)` of the values of N sets of parameters."""
@@ -125,20 +138,14 @@ class SpaceTable:
 
     def shapes(self, options: Options) -> Shapes:
         """Layers of N recipes."""
-        count = len(options)
-        lost_in = np.zeros((count, len(self.layers)))
-        lost_out = np.zeros_like(lost_in)
-        bits = np.full((count, len(self.layers)), 32)
-        saved = np.zeros((count, len(self.layers)))
-        dropped = np.zeros_like(saved)
+        bits = np.full((len(options), len(self.layers)), 32)
+        summed = [np.zeros(bits.shape) for _ in self._summed]
         for p in range(len(self.names)):
             chosen = options[:, p]
-            lost_in += self._lost_in[p, chosen]
-            lost_out += self._lost_out[p, chosen]
             bits = np.minimum(bits, self._bits[p, chosen])
-            saved += self._saved[p, chosen]
-            dropped += self._dropped[p, chosen]
-        return self._shapes(lost_in, lost_out, bits, saved, dropped)
+            for total, values in zip(summed, self._summed, strict=True):
+                total += values[p, chosen]
+        return self._shapes(summed, bits)
 
     def held(self, current: NDArray[np.int64]) -> Held:
         """What a recipe `(P,)` takes from every layer."""
@@ -165,12 +172,12 @@ class SpaceTable:
         held = current if isinstance(current, Held) else self.held(current)
         at: tuple[NDArray[np.int64], ...] = () if layers is None else (layers,)
         new, old = (parameter, option, *at), (parameter, held.options[parameter], *at)
-        lost_in, lost_out, saved, dropped = (
+        summed = [
             total[at or ...] + values[new] - values[old]
             for total, values in zip(held.summed, self._summed, strict=True)
-        )
+        ]
         bits = self.bits_after(held, parameter, option, layers)
-        return self._shapes(lost_in, lost_out, bits, saved, dropped, layers)
+        return self._shapes(summed, bits, layers)
 
     def bits_after(
         self,
@@ -187,17 +194,35 @@ class SpaceTable:
 
     def _shapes(
         self,
-        lost_in: NDArray[np.float64],
-        lost_out: NDArray[np.float64],
+        summed: Sequence[NDArray[np.float64]],
         bits: NDArray[np.int64],
-        saved: NDArray[np.float64],
-        dropped: NDArray[np.float64],
         layers: NDArray[np.int64] | None = None,
     ) -> Shapes:
         at = slice(None) if layers is None else layers
+        lost_in, lost_out, low_rank, saved, dropped = summed
         left = dropped < 0.5
         outputs = (self._base_out[at] - lost_out) * left
         inputs = np.where(self.depthwise[at], outputs, (self._base_in[at] - lost_in) * left)
         filters = np.where(self.depthwise[at], 1.0, inputs / self._groups[at])
         macs = outputs * filters * self._kernel[at] * self.positions[at]
-        return Shapes(inputs, outputs, macs, bits, np.maximum(self._costly[at] - saved, 0.0))
+        rank_in = rank_out = np.zeros(macs.shape)
+        if self.factorizes:
+            geometry = self._geometry if layers is None else self._geometry.at(layers)
+            rank_in, rank_out = geometry.ranks(inputs, outputs, 1 - low_rank, self._multiple)
+            factors = sum(part.macs for part in geometry.parts(inputs, outputs, rank_in, rank_out))
+            macs = np.where(rank_in > 0, factors, macs)
+        costly = np.maximum(self._costly[at] - saved, 0.0)
+        return Shapes(inputs, outputs, macs, bits, costly, rank_in, rank_out)
+
+    def thin_parts(self, shapes: Shapes, layers: NDArray[np.int64] | slice) -> tuple[Part, ...]:
+        """What factorised layers compute before their last factor; nothing where the space has none.
+
+        Args:
+            shapes: of the layers.
+            layers: which ones they are, along the last axis of the shapes.
+        """
+        if not self.factorizes:
+            return ()
+        geometry = self._geometry if isinstance(layers, slice) else self._geometry.at(layers)
+        first, core, _ = geometry.parts(shapes.inputs, shapes.outputs, shapes.rank_in, shapes.rank_out)
+        return first, core
