@@ -24,7 +24,8 @@ class LatencyModel:
     Attributes:
         table: of the space.
         weights: `(F,)`, in ratio to the base's latency.
-        error: median relative error on the recipes of the fit, each left out once.
+        error: median relative error on the recipes of the fit, each left out once; NaN where it was not
+            looked at.
     """
 
     table: SpaceTable
@@ -60,8 +61,9 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
     """Features `(N, F)`, each scaled so that the base's total is about 1.
 
     For each bit-width: multiplications of dense layers and of depthwise ones in whole vector blocks, and
-    elements written; where the space replaces activation functions, elements that a costly one takes as
-    well. Then elements that cross from one bit-width to another (casts and Q/DQ), and 1.
+    elements written, by each factor of a factorised layer; where the space replaces activation functions,
+    elements that a costly one takes as well. Then elements that cross from one bit-width to another (casts
+    and Q/DQ), and 1.
     """
     before = np.roll(shapes.bits, 1, axis=1)
     before[:, 0] = shapes.bits[:, 0]
@@ -84,13 +86,15 @@ def _terms(
         layers: which ones they are, along the last axis of the shapes.
     """
     base, positions, depthwise = table.base, table.positions[layers], table.depthwise[layers]
-    filled = np.ceil(shapes.outputs / LANES) * LANES / np.maximum(shapes.outputs, 1)
-    macs = shapes.macs * filled
+    thin_parts = table.thin_parts(shapes, layers)
+    last = shapes.macs - sum(part.macs for part in thin_parts)
+    macs = last * _filled(shapes.outputs) + sum(part.macs * _filled(part.outputs) for part in thin_parts)
     scale, elements = float(base.macs.sum()), float((base.outputs * table.positions).sum())
     thin = max(float(base.macs[:, table.depthwise].sum()), 1e-9)
     macs_dense, macs_thin = macs * ~depthwise / scale, macs * depthwise / thin
     written = shapes.outputs * positions / elements
     costly = written * shapes.costly
+    written = written + sum(part.outputs * part.positions for part in thin_parts) / elements
     for width in WIDTHS:
         here = shapes.bits == width
         yield macs_dense * here
@@ -102,6 +106,12 @@ def _terms(
     eight = (shapes.bits == 8) != (before == 8)
     yield read * eight
     yield read * ((shapes.bits != before) & ~eight)
+
+
+def _filled(outputs: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Channels of whole vector blocks over those that there are."""
+    filled: NDArray[np.float64] = np.ceil(outputs / LANES) * LANES / np.maximum(outputs, 1)
+    return filled
 
 
 def fit_latency(table: SpaceTable, options: Options, ratios: NDArray[np.float64]) -> LatencyModel:
@@ -120,6 +130,13 @@ def fit_latency(table: SpaceTable, options: Options, ratios: NDArray[np.float64]
         predicted = float(matrix[k] @ _solve(matrix[others], ratios[others]))
         errors.append(abs(predicted / ratios[k] - 1))
     return LatencyModel(table, weights, float(np.median(errors)))
+
+
+def fit_features(
+    table: SpaceTable, matrix: NDArray[np.float64], ratios: NDArray[np.float64]
+) -> LatencyModel:
+    """`fit_latency` for recipes whose features `(N, F)` are known, without looking at its error."""
+    return LatencyModel(table, _solve(matrix, ratios), float("nan"))
 
 
 def _solve(matrix: NDArray[np.float64], ratios: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
 from scipy.optimize import nnls
 
-from evaluators.latency_model import LatencyModel, fit_latency
+from evaluators.latency_model import LatencyModel, features, fit_features
 from search.sensitivity import JOB, damage_table
 from search.study import SearchStudy
 from search.trials import evaluation_of, is_candidate
@@ -33,32 +33,61 @@ class Finished:
     ratio: NDArray[np.float64]
 
 
+def figures_of(trial: FrozenTrial) -> tuple[float, float] | None:
+    """mAP and latency ratio of an evaluated trial; None for copies and for what is not evaluated."""
+    evaluation = evaluation_of(trial) if is_candidate(trial) else None
+    if evaluation is None or not {"map", "latency_ratio"} <= evaluation.metrics.keys():
+        return None
+    return evaluation.metrics["map"].value, evaluation.metrics["latency_ratio"].value
+
+
 def finished_trials(table: SpaceTable, trials: list[FrozenTrial]) -> Finished:
     """The evaluated trials of this space, the base among them."""
-    rows, maps, ratios = [], [], []
+    rows, figures = [], []
     for trial in trials:
-        evaluation = evaluation_of(trial) if is_candidate(trial) else None
-        if evaluation is None or set(trial.params) != set(table.names):
-            continue
-        if not {"map", "latency_ratio"} <= evaluation.metrics.keys():
-            continue
-        rows.append(trial.params)
-        maps.append(evaluation.metrics["map"].value)
-        ratios.append(evaluation.metrics["latency_ratio"].value)
-    return Finished(table.options(rows), np.array(maps, float), np.array(ratios, float))
+        found = figures_of(trial) if set(trial.params) == set(table.names) else None
+        if found is not None:
+            rows.append(trial.params)
+            figures.append(found)
+    values = np.array(figures, float).reshape(-1, 2)
+    return Finished(table.options(rows), values[:, 0], values[:, 1])
 
 
-def measured_latency(table: SpaceTable, study: SearchStudy, finished: Finished) -> LatencyModel | None:
-    """The latency model of all probes and trials; None before anything was measured."""
+class LatencyLearner:
+    """Fits the latency model to probes and finished trials, again and again.
+
+    Features of recipes are computed once and kept, which saves time and nothing else.
+
+    Args:
+        table: of the space.
+        probes: `(K, P)`, recipes that were only timed.
+        ratios: `(K,)`, their latency over the base's.
+    """
+
+    def __init__(self, table: SpaceTable, probes: Options, ratios: NDArray[np.float64]) -> None:
+        self._table, self._probes, self._ratios = table, probes, ratios
+        self._features: dict[bytes, NDArray[np.float64]] = {}
+
+    def __call__(self, finished: Finished) -> LatencyModel:
+        """The model of the probes and these trials; one of the two must not be empty."""
+        options = np.concatenate([self._probes, finished.options])
+        keys = [row.tobytes() for row in options]
+        new = {key: k for k, key in enumerate(keys) if key not in self._features}
+        if new:
+            rows = features(self._table, self._table.shapes(options[list(new.values())]))
+            self._features.update(zip(new, rows, strict=True))
+        matrix = np.array([self._features[key] for key in keys])
+        return fit_features(self._table, matrix, np.concatenate([self._ratios, finished.ratio]))
+
+
+def latency_learner(table: SpaceTable, study: SearchStudy) -> LatencyLearner:
+    """A learner with the study's probes."""
     recipes, ratios = [], []
     for name, result in study.job_results().items():
         if name.startswith(PROBE) and "ratio" in result:
             recipes.append(table.space.params(Recipe.from_json(result["recipe"])))
             ratios.append(float(result["ratio"]))
-    options = np.concatenate([table.options(recipes), finished.options])
-    if not len(options):
-        return None
-    return fit_latency(table, options, np.concatenate([np.array(ratios, float), finished.ratio]))
+    return LatencyLearner(table, table.options(recipes), np.array(ratios, float))
 
 
 def measured_damage(table: SpaceTable, study: SearchStudy) -> NDArray[np.float64] | None:
@@ -87,9 +116,13 @@ class LossModel:
 
 
 def fit_loss(
-    table: SpaceTable, damage: NDArray[np.float64], finished: Finished, base_map: float
+    table: SpaceTable,
+    damage: NDArray[np.float64],
+    finished: Finished,
+    base_map: float,
+    trust: NDArray[np.float64] | None = None,
 ) -> LossModel:
-    """Fit the weights to measured losses of mAP.
+    """Fit the weights to measured losses of mAP, each of which counts by its `trust` `(N,)` in 0..1.
 
     Fine-tuning repairs some damage and not other: pruning more than rounding, late layers more than early
     ones. So each kind of choice has a weight, and each parameter a factor to it that is 1 unless the
@@ -108,9 +141,9 @@ def fit_loss(
     losses = np.maximum(base_map - finished.map[changed], 0.05)
     single = damage[np.arange(len(kinds)), options]
     single = np.where(np.isfinite(single), single, 0.0)
-    predicted = losses
+    predicted, trusted = losses, np.ones(len(losses)) if trust is None else np.sqrt(trust[changed])
     for _ in range(ROUNDS):  # the errors' scale depends on the prediction
-        scale = 1 / (0.5 + np.sqrt(losses * predicted))
+        scale = trusted / (0.5 + np.sqrt(losses * predicted))
         by_kind = _kind_weights(single, kinds, len(labels), losses, scale)[kinds]
         matrix = single * by_kind * scale[:, None]
         gram = matrix.T @ matrix + FACTOR_RIDGE * np.eye(len(kinds))

@@ -88,11 +88,13 @@ class _Changes:
         acts = touched.copy()
         acts[:, 1:] |= touched[:, :-1]
         self.pairs, self.layers = np.nonzero(acts[self.parameter])
-        self.whole = ~touched.any(axis=1)[self.parameter]
+        elsewhere: NDArray[np.bool_] = np.logical_not(touched.any(axis=1))
+        self.whole = elsewhere[self.parameter]
         near = acts.copy()
         near[:, :-1] |= acts[:, 1:]
-        self.beside = (touched.astype(np.float32) @ near.T.astype(np.float32) > 0)[:, self.parameter]
-        self.beside[~touched.any(axis=1)] = True
+        common: NDArray[np.bool_] = np.matmul(touched, near.T)
+        self.beside = common[:, self.parameter]
+        self.beside[elsewhere] = True
         self.beside |= self.whole
 
 
@@ -137,7 +139,8 @@ class _Descent:
         before = table.bits_after(held, parameter, option, np.maximum(layers - 1, 0))
         taken = model.by_layer(table.neighbours(held, parameter, option, layers), before, layers)
         less = taken[: len(change)] - taken[len(change) :]
-        saved = np.bincount(change, less, minlength=len(which))
+        saved = np.zeros(len(which))
+        np.add.at(saved, change, less)
         whole = which & changes.whole
         if whole.any():
             shapes = table.neighbours(held, changes.parameter[whole], changes.option[whole])

@@ -11,9 +11,8 @@ from optuna.samplers import BaseSampler
 
 from evaluators.bench import Bench
 from evaluators.jobs import Job
-from evaluators.latency_model import LatencyModel
 from evaluators.ranking import Problem
-from search.knowledge import PROBE, Finished, finished_trials, measured_damage, measured_latency
+from search.knowledge import PROBE, finished_trials, latency_learner, measured_damage
 from search.sampler import LARGEST_LOSS, FrontSampler
 from search.seeds import seed_recipes, uniform_starts
 from search.sensitivity import sensitivity_jobs
@@ -73,7 +72,8 @@ class Strategy:
             return self._make(seed)
         if damage is None:
             return SAMPLERS["tpe"](seed)
-        return FrontSampler(self._table, damage, self._latency, 1.5 * self._largest_loss, seed)
+        learner = latency_learner(self._table, self._study)
+        return FrontSampler(self._table, damage, learner, 1.5 * self._largest_loss, seed)
 
     def on_prepared(self, _study: SearchStudy) -> None:
         """Enqueue the seeds: solved recipes from mild to strong."""
@@ -81,14 +81,9 @@ class Strategy:
         if damage is None:
             return
         trials = self._study.optuna.get_trials(deepcopy=False)
-        model = self._latency(finished_trials(self._table, trials))
+        model = latency_learner(self._table, self._study)(finished_trials(self._table, trials))
         for options in seed_recipes(self._table, damage, model, self._trials):
             self._study.optuna.enqueue_trial(self._table.params(options), user_attrs={"origin": "seed"})
-
-    def _latency(self, finished: Finished) -> LatencyModel:
-        model = measured_latency(self._table, self._study, finished)
-        assert model is not None, "the base is finished before anything is proposed"
-        return model
 
 
 class Preparations:

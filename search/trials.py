@@ -23,6 +23,8 @@ REASON = "reason"
 TRACEBACK = "traceback"
 DUPLICATE_OF = "duplicate_of"
 RETRY_OF = "retry_of"
+RUNG_PREFIX = "rung/"
+"""Trial attribute `rung/EPOCHS`: figures of the candidate after so many epochs of its fine-tuning."""
 JOB_PREFIX = "job/"
 """Study attribute of a preparatory job: `{"result": {...}}` or `{"failure": {"stage", "reason"}}`."""
 
@@ -44,6 +46,21 @@ def evaluation_of(trial: FrozenTrial) -> Evaluation | None:
     """What was measured, None where nothing was."""
     text = trial.user_attrs.get(EVALUATION)
     return Evaluation.model_validate(json.loads(text)) if isinstance(text, str) else None
+
+
+def rung_figures(trial: FrozenTrial) -> dict[int, dict[str, float]]:
+    """Figures by name at each rung that a trial reported, by epochs in ascending order."""
+    found = {
+        int(key.removeprefix(RUNG_PREFIX)): dict(value)
+        for key, value in trial.user_attrs.items()
+        if key.startswith(RUNG_PREFIX)
+    }
+    return dict(sorted(found.items()))
+
+
+def rung_maps(trial: FrozenTrial) -> dict[int, float]:
+    """mAP by rung."""
+    return {epochs: figures["map"] for epochs, figures in rung_figures(trial).items()}
 
 
 def counts(trial: FrozenTrial) -> bool:

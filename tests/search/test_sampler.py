@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import optuna
 import pytest
@@ -10,7 +12,8 @@ from numpy.typing import NDArray
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.latency_model import fit_latency
 from evaluators.ranking import hypervolume
-from search.knowledge import Finished, finished_trials, fit_loss
+from search.experience import Experience, ExperienceReader
+from search.knowledge import Finished, LatencyLearner, finished_trials, fit_loss
 from search.sampler import FrontSampler
 from search.seeds import uniform_starts
 from search.strategy import probe_recipes, sampler_named
@@ -150,3 +153,77 @@ def test_any_optuna_sampler_can_take_its_place(name: str) -> None:
 def test_unknown_samplers_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="sampler"):
         sampler_named(name)
+
+
+def test_asking_stays_fast_with_many_trials() -> None:
+    """2,000 trials: a generous bound of CPU time; what was read and computed of finished trials is kept."""
+    problem = MadeUp()
+    study = problem.run(problem.sampler(0), 4)
+    table, random = problem.table, np.random.default_rng(0)
+    for options in random.integers(0, table.sizes, size=(2000, len(table.sizes))):
+        quality, ratio = problem.evaluate(options)
+        metrics = {
+            "map": Measurement(value=quality, unit="AP"),
+            "latency_ratio": Measurement(value=ratio, unit="ratio"),
+        }
+        evaluation = Evaluation(recipe_key="x", status="ok", metrics=metrics)
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=[quality, ratio],
+                params=table.params(options),
+                distributions=table.space.distributions(),
+                user_attrs={"evaluation": evaluation.model_dump_json()},
+            )
+        )
+    learner = LatencyLearner(table, np.zeros((0, len(table.sizes)), int), np.zeros(0))
+    sampler = FrontSampler(table, problem.damage, learner, 20.0, 0)
+    trial = study.get_trials()[-1]
+    sampler.sample_relative(study, trial, {})  # reads the trials
+    started = time.process_time()
+    for _ in range(5):
+        sampler.sample_relative(study, trial, {})
+    assert (time.process_time() - started) / 5 < 0.5
+
+
+def test_what_a_sampler_keeps_changes_nothing() -> None:
+    """A sampler that has seen the study grow proposes what a fresh one proposes."""
+    problem = MadeUp()
+    study = problem.run(problem.sampler(0), 8)
+    trials = study.get_trials()
+    reader = ExperienceReader(problem.table)
+    for count in range(1, len(trials) + 1):
+        grown = reader.read(trials[:count])
+    fresh = ExperienceReader(problem.table).read(trials)
+    assert (grown.finished.options == fresh.finished.options).all()
+    assert (grown.finished.map == fresh.finished.map).all()
+    assert (grown.taken, grown.passed) == (fresh.taken, fresh.passed)
+    learner = LatencyLearner(problem.table, fresh.finished.options[:3], fresh.finished.ratio[:3])
+    some = grown.finished
+    learner(Finished(some.options[:5], some.map[:5], some.ratio[:5]))
+    expected = fit_latency(
+        problem.table,
+        np.concatenate([fresh.finished.options[:3], fresh.finished.options]),
+        np.concatenate([fresh.finished.ratio[:3], fresh.finished.ratio]),
+    )
+    assert learner(fresh.finished).weights == pytest.approx(expected.weights)
+
+
+def test_stopped_trials_are_censored_by_what_training_repaired_elsewhere() -> None:
+    table = toy_table()
+    rows = np.zeros((5, len(table.names)), np.int64)
+    finished = Finished(rows, np.array([60.0, 58.0, 56.0, 59.0, 55.0]), np.ones(5))
+    passed = [{}, {1: 52.0}, {1: 44.0}, {1: 56.0}, {}]  # 2 of 8, 4 of 16, 1 of 4 AP lost: a quarter is left
+    stopped_at = [{0: 10.0, 1: 40.0}, {1: 61.0}, {0: 50.0}]
+    experience = Experience(finished, passed, rows[:3], stopped_at, rows[:0], frozenset())
+    # 20 AP lost at rung 1; nothing lost; 10 AP lost at a rung that no other trial passed.
+    assert experience.expected_maps(60.0) == pytest.approx([55.0, 60.0, 55.0])
+
+
+def test_running_trials_are_not_proposed_again() -> None:
+    problem = MadeUp()
+    study = problem.run(problem.sampler(0), 6)
+    study.sampler = problem.sampler(1)
+    running = [study.ask(problem.table.space.distributions()) for _ in range(4)]
+    assert len({tuple(trial.params.values()) for trial in running}) == 4
+    experience = ExperienceReader(problem.table).read(study.get_trials())
+    assert (experience.pending == problem.table.options([t.params for t in running])).all()

@@ -1,0 +1,121 @@
+"""What a sampler reads out of a study's trials: what was measured, what was stopped, what is under way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.trial import FrozenTrial, TrialState
+
+from search.knowledge import Finished, figures_of
+from search.trials import rung_maps
+from spaces.table import Options, SpaceTable
+
+FEW = 3
+"""With fewer finished trials that passed a rung, what training brings behind it is a guess."""
+GUESSED_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Experience:
+    """The trials of a study, in the order of their numbers.
+
+    Attributes:
+        finished: evaluated trials, the base among them.
+        passed: of each finished trial, mAP by the epochs of the rungs that it passed.
+        stopped: positions `(S, P)` of the trials that were stopped at a rung.
+        stopped_at: of each of them, mAP by rung; the last rung is where it was stopped.
+        pending: positions `(K, P)` of the trials that run now.
+        taken: positions of all of these as bytes, so that nothing is proposed twice.
+    """
+
+    finished: Finished
+    passed: Sequence[dict[int, float]]
+    stopped: Options
+    stopped_at: Sequence[dict[int, float]]
+    pending: Options
+    taken: frozenset[bytes]
+
+    def expected_maps(self, base_map: float) -> NDArray[np.float64]:
+        """mAP `(S,)` that the stopped trials would have ended with.
+
+        A stopped trial is censored: training on would have repaired part of what it had lost. The share of
+        the loss at a rung that is left at the end is the median over the finished trials that passed it.
+        """
+        expected = []
+        for maps in self.stopped_at:
+            rung, at_rung = max(maps.items())
+            shares = [
+                (base_map - final) / max(base_map - passed[rung], 0.5)
+                for final, passed in zip(self.finished.map, self.passed, strict=True)
+                if rung in passed and base_map - passed[rung] > 0.5
+            ]
+            share = float(np.clip(np.median(shares), 0.0, 1.0)) if len(shares) >= FEW else GUESSED_SHARE
+            expected.append(base_map - share * max(base_map - at_rung, 0.0))
+        return np.array(expected, float)
+
+
+@dataclass(frozen=True)
+class _Read:
+    options: NDArray[np.int64]
+    figures: tuple[float, float] | None
+    rungs: dict[int, float]
+
+
+class ExperienceReader:
+    """Reads trials of one study again and again, the finished ones only once.
+
+    Finished trials never change in Optuna, so what was read of them is kept, by their ids. That saves
+    time and nothing else: a new reader comes to the same.
+    """
+
+    def __init__(self, table: SpaceTable) -> None:
+        self._table = table
+        self._names = set(table.names)
+        self._known: dict[int, _Read | None] = {}
+
+    def read(self, trials: Sequence[FrozenTrial]) -> Experience:
+        """All that is known of the trials of this space; trials of others are passed over."""
+        finished: list[_Read] = []
+        stopped: list[_Read] = []
+        pending: list[_Read] = []
+        taken: set[bytes] = set()
+        for trial in trials:
+            read = self._read(trial)
+            if read is None:
+                continue
+            taken.add(read.options.tobytes())
+            if trial.state == TrialState.RUNNING:
+                pending.append(read)
+            elif trial.state == TrialState.PRUNED and read.rungs:
+                stopped.append(read)
+            elif read.figures is not None:
+                finished.append(read)
+        figures = np.array([read.figures for read in finished], float).reshape(-1, 2)
+        return Experience(
+            finished=Finished(self._stacked(finished), figures[:, 0], figures[:, 1]),
+            passed=[read.rungs for read in finished],
+            stopped=self._stacked(stopped),
+            stopped_at=[read.rungs for read in stopped],
+            pending=self._stacked(pending),
+            taken=frozenset(taken),
+        )
+
+    def _stacked(self, read: list[_Read]) -> Options:
+        rows = [one.options for one in read]
+        return np.array(rows, np.int64).reshape(len(rows), len(self._table.names))
+
+    def _read(self, trial: FrozenTrial) -> _Read | None:
+        if trial._trial_id in self._known:
+            return self._known[trial._trial_id]
+        read = None
+        if trial.state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.PRUNED) and (
+            set(trial.params) == self._names
+        ):
+            options = self._table.options([trial.params])[0]
+            read = _Read(options, figures_of(trial), rung_maps(trial))
+        if trial.state.is_finished():
+            self._known[trial._trial_id] = read
+        return read
