@@ -16,13 +16,17 @@ from evaluators.graph import layer_of
 if TYPE_CHECKING:  # torch is behind it
     from evaluators.calibration import LayerRanges, Range
 
+FULL_LEVELS = 127
 FOLLOWERS = {"Sigmoid", "Mul", "Add", "Relu", "HardSwish", "HardSigmoid", "Clip", "LeakyRelu", "Concat"}
 FOLLOWERS |= {"MaxPool", "Resize", "Slice"}
 """Operations that run in bfloat16 between bfloat16 layers. Decoding and suppression stay float32."""
 
 
 def quantized(
-    graph: onnx.ModelProto, layers: Mapping[str, LayerRanges], outputs_too: bool
+    graph: onnx.ModelProto,
+    layers: Mapping[str, LayerRanges],
+    outputs_too: bool,
+    weight_levels: int = FULL_LEVELS,
 ) -> onnx.ModelProto:
     """A copy in which the given layers read 8-bit activations and weights.
 
@@ -34,6 +38,7 @@ def quantized(
         layers: ranges of the layers to quantise, by module name.
         outputs_too: quantise what the layers produce as well; ONNX Runtime fuses only such layers, while
             OpenVINO would lose accuracy for nothing.
+        weight_levels: of weights to either side of 0, see `evaluators.signature.int8_weight_levels`.
     """
     graph = _copy(graph)
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
@@ -51,7 +56,7 @@ def quantized(
         if source not in pairs:
             pairs[source] = _pair(graph, nodes, source, layers[layer].read)
         node.input[0] = pairs[source]
-        node.input[1] = _weight(graph, nodes, tensors[node.input[1]])
+        node.input[1] = _weight(graph, nodes, tensors[node.input[1]], weight_levels)
         nodes.append(node)
         if outputs_too:
             produced = node.output[0]
@@ -159,12 +164,14 @@ def _pair(graph: onnx.ModelProto, nodes: list[onnx.NodeProto], tensor: str, span
     return result
 
 
-def _weight(graph: onnx.ModelProto, nodes: list[onnx.NodeProto], tensor: onnx.TensorProto) -> str:
+def _weight(
+    graph: onnx.ModelProto, nodes: list[onnx.NodeProto], tensor: onnx.TensorProto, levels: int
+) -> str:
     """Store a weight as S8 with a scale per output channel; the name of its dequantised form."""
     weight = numpy_helper.to_array(tensor)
-    scale = weight_scales(weight)
+    scale = weight_scales(weight, levels)
     shape = (-1,) + (1,) * (weight.ndim - 1)
-    integers = np.clip(np.round(weight / scale.reshape(shape)), -127, 127).astype(np.int8)
+    integers = np.clip(np.round(weight / scale.reshape(shape)), -levels, levels).astype(np.int8)
     names = [
         _constant(graph, f"{tensor.name}_s8", integers),
         _constant(graph, f"{tensor.name}_scale", scale),
@@ -176,10 +183,10 @@ def _weight(graph: onnx.ModelProto, nodes: list[onnx.NodeProto], tensor: onnx.Te
     return result
 
 
-def weight_scales(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Scale `(outputs,)` per output channel of symmetric 8-bit weights."""
+def weight_scales(weight: NDArray[np.float32], levels: int = FULL_LEVELS) -> NDArray[np.float32]:
+    """Scale `(outputs,)` per output channel of symmetric weights in -levels..levels."""
     largest = np.abs(weight).reshape(weight.shape[0], -1).max(axis=1)
-    scales: NDArray[np.float32] = np.maximum(largest / 127, 1e-12).astype(np.float32)
+    scales: NDArray[np.float32] = np.maximum(largest / levels, 1e-12).astype(np.float32)
     return scales
 
 

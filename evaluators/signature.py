@@ -28,6 +28,18 @@ def machine_signature() -> dict[str, Any]:
     }
 
 
+def int8_weight_levels() -> int:
+    """Levels to either side of 0 that 8-bit weights may use on this CPU: 127, or 63 on x86 without VNNI.
+
+    Its kernels add two products of an unsigned and a signed byte in 16 bits, where they saturate (Intel's
+    `vpmaddubsw`; oneDNN's developer guide, "Nuances of int8 computations"); half the weights' range keeps
+    them inside.
+    """
+    signature = machine_signature()
+    x86 = signature["os"].rpartition(" ")[2].lower() in ("x86_64", "amd64")
+    return 63 if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(signature["isa"]) else 127
+
+
 def signature_difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
     """What differs from `a` to `b`, a readable line each; empty where latencies may be compared.
 

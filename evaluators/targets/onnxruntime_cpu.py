@@ -15,7 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from evaluators.precision import quantized
-from evaluators.signature import machine_signature
+from evaluators.signature import int8_weight_levels, machine_signature
 from evaluators.targets.base import Detections, Lowered
 from evaluators.targets.onnx_target import OnnxTarget, by_layer
 from spaces.capabilities import Capabilities
@@ -42,7 +42,9 @@ class OnnxRuntime(OnnxTarget):
     ) -> Lowered:
         """Int8 as Q/DQ around the layer and behind it, which is what the engine fuses."""
         narrow = {layer: ranges[layer] for layer, width in bits.items() if width <= 8}
-        return Lowered(quantized(graph, narrow, outputs_too=True) if narrow else graph)
+        if not narrow:
+            return Lowered(graph)
+        return Lowered(quantized(graph, narrow, outputs_too=True, weight_levels=int8_weight_levels()))
 
     def prepare(self, model: Path, threads: int, hint: str = "f32") -> OnnxRuntimeSession:
         """Raises InputError when the file is missing or not readable as a model. `hint` changes nothing."""

@@ -14,7 +14,7 @@ import openvino as ov
 from numpy.typing import NDArray
 
 from evaluators.precision import in_bfloat16, quantized, stored_in_bfloat16
-from evaluators.signature import machine_signature
+from evaluators.signature import int8_weight_levels, machine_signature
 from evaluators.targets.base import Detections, Lowered
 from evaluators.targets.onnx_target import OnnxTarget, by_layer
 from spaces.capabilities import Capabilities
@@ -56,7 +56,7 @@ class OpenVino(OnnxTarget):
         half = frozenset(layer for layer, width in bits.items() if width == 16)
         wide = [layer for layer, width in bits.items() if width > 16]
         if narrow:
-            graph = quantized(graph, narrow, outputs_too=False)
+            graph = quantized(graph, narrow, outputs_too=False, weight_levels=int8_weight_levels())
         if not half:
             return Lowered(graph)
         if narrow and not wide:

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evaluators.calibration import LayerRanges, Range
 from evaluators.precision import in_bfloat16, quantized, stored_in_bfloat16, weight_scales
+from evaluators.signature import int8_weight_levels
 from evaluators.targets.openvino_cpu import OpenVino
 from evaluators.testing import can_run, check_detections, example_graph, images, layers, ranges
 from spaces.detectors.base import Postprocess
@@ -99,6 +100,14 @@ def half(x: NDArray[np.float32]) -> NDArray[np.float32]:
 def test_weight_scales_by_hand() -> None:
     weight = np.array([[1.0, -2.54], [0.127, 0.0], [0.0, 0.0]], np.float32)
     np.testing.assert_allclose(weight_scales(weight), [0.02, 0.001, 1e-12], rtol=1e-6)
+    np.testing.assert_allclose(weight_scales(weight, 63)[:2], [2.54 / 63, 0.127 / 63], rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels", [127, 63])
+def test_weights_keep_to_their_levels(levels: int) -> None:
+    graph = quantized(chain(), {"a": SPAN}, outputs_too=False, weight_levels=levels)
+    (integers,) = [numpy_helper.to_array(t) for t in graph.graph.initializer if t.name.endswith("_s8")]
+    assert np.abs(integers.reshape(len(integers), -1)).max(axis=1).tolist() == [levels] * len(integers)
 
 
 @pytest.mark.parametrize("outputs_too", [False, True])
@@ -113,7 +122,7 @@ def test_one_int8_convolution_against_integers(outputs_too: bool) -> None:
 
 
 def test_engines_agree_with_int8_as_typed() -> None:
-    graph = quantized(chain(), dict.fromkeys("abc", SPAN), outputs_too=False)
+    graph = quantized(chain(), dict.fromkeys("abc", SPAN), False, int8_weight_levels())
     # What is read may fall on the other side of a step: 1/85 wide, times weights that sum up to some 5.
     np.testing.assert_allclose(in_openvino(graph), as_typed(graph), rtol=0, atol=0.06)
     stored = {t.name: t.data_type for t in graph.graph.initializer}
@@ -166,7 +175,8 @@ def test_bfloat16_computes_on_rounded_numbers_whatever_the_hint() -> None:
     b = half(conv(half(middle), half(WEIGHTS["b"])))
     expected = b + conv(middle, WEIGHTS["c"])
     off = np.abs(in_openvino(graph) - expected).max()
-    assert off < 2**-8 * np.abs(b).max()  # a last place of bfloat16: sums are ordered differently
+    # A last place of bfloat16: sums are ordered differently, and CPUs without its instructions round later.
+    assert off < 2**-7 * np.abs(b).max()
     assert np.abs(expected - plain(X)).max() > 2**-10
 
 

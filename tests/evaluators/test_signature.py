@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 
+import pytest
+
+from evaluators import signature
 from evaluators.signature import machine_signature, parse_cpuinfo, signature_difference
 
 X86 = """processor : 0
@@ -42,3 +45,20 @@ def test_differences_are_lines() -> None:
     ]
     assert signature_difference(b, a)[-1] == "old: only now: 1"
     assert signature_difference({"isa": ["a", "b"]}, {"isa": ("b", "a")}) == []
+
+
+@pytest.mark.parametrize(
+    ("isa", "system", "levels"),
+    [
+        (["avx2"], "Linux x86_64", 63),
+        (["avx2", "avx512f"], "Linux x86_64", 63),
+        (["avx2", "avx512f", "avx512_vnni"], "Linux x86_64", 127),
+        (["avx2", "avx_vnni"], "Linux x86_64", 127),
+        (["asimd"], "Linux aarch64", 127),
+    ],
+)
+def test_weights_keep_sums_inside_16_bits_where_the_cpu_adds_them_there(
+    isa: list[str], system: str, levels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(signature, "machine_signature", lambda: {"isa": isa, "os": system})
+    assert signature.int8_weight_levels() == levels
