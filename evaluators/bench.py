@@ -24,9 +24,10 @@ from evaluators.postprocess import WholeDetector
 from evaluators.quiet import QuietSlot
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
-from spaces.detectors.base import Detector, Postprocess
+from spaces.detectors.base import Detector, Postprocess, postprocess_of
 from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights
+from spaces.lowrank import by_part
 from spaces.recipe import Prune, Recipe, identity
 from spaces.sites import Sites, find_sites
 from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
@@ -64,7 +65,7 @@ class BenchConfig(BaseModel):
     data: DataConfig
     target: str = "openvino"
     threads: int = Field(default=1, ge=1)
-    postprocess: Postprocess = Postprocess()
+    postprocess: Postprocess | None = None
     space: SpaceConfig = SpaceConfig()
     finetune: FineTunePlan = FineTunePlan()
     latency: LatencyConfig = LatencyConfig()
@@ -90,6 +91,7 @@ class Bench:
         self.splits = load_splits(config.data)
         self.categories = self.splits["fit"].categories
         self.detector: Detector = make_detector(config.model, len(self.categories), config.size)
+        self.postprocess = postprocess_of(self.detector, config.postprocess)
         self.base: nn.Module = self.detector.build()
         load_weights(self.base, config.checkpoint)
         self.base.eval().requires_grad_(False)
@@ -197,18 +199,17 @@ class Bench:
 
         Args:
             network: trained, not yet simplified.
-            bits: by layer; layers that are missing are float32.
+            bits: by layer of the base, for all factors of it; layers that are missing are float32.
             recipe: for the card.
             directory: where the pair goes.
         """
-        present = dict(network.named_modules())  # without the layers of dropped blocks
-        widths = {name: bits.get(name, 32) for name in self.sites.facts if name in present}
+        widths = by_part(network, dict.fromkeys(self.sites.facts, 32) | bits)
         narrow = [layer for layer, width in widths.items() if width <= 8]
         written = self.target.write(self.whole(network), widths, self.ranges(network, narrow), directory)
         card = ModelCard(
             detector=self.detector.name,
             preprocess=self.detector.preprocess,
-            postprocess=self.config.postprocess,
+            postprocess=self.postprocess,
             categories=card_categories(self.categories),
             runtime=self.runtime(written.hint),
             recipe=recipe,
@@ -219,7 +220,7 @@ class Bench:
     def whole(self, network: nn.Module) -> WholeDetector:
         """A network made ready for inference, with its decoding and suppression."""
         simplified = self.detector.simplified(network)
-        return WholeDetector(simplified, self.detector, self.config.postprocess, self.categories).eval()
+        return WholeDetector(simplified, self.detector, self.postprocess, self.categories).eval()
 
     def runtime(self, hint: str) -> Runtime:
         """This study's engine, threads and settings, as a card says them."""
@@ -244,9 +245,9 @@ class Bench:
             **{f"data {role}": split.fingerprint()[:12] for role, split in self.splits.items()},
             "space": ", ".join(config.space.methods)
             + f" by {config.space.granularity} {self.space.summary()}",
-            "target": config.target,
+            "target": Path(config.target).name,  # a description may move; it is in the signature
             **{f"target {key}": str(v) for key, v in self.target.signature(config.threads).items()},
-            "postprocess": config.postprocess.model_dump_json(),
+            "postprocess": self.postprocess.model_dump_json(),
             "fine-tuning": config.finetune.model_dump_json(),
             "importance": config.importance,
             "calibration images": config.calibration_images,

@@ -12,12 +12,13 @@ import onnx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evaluators.graph import MODEL_FILE
+from evaluators.targets.torch_engine import TORCH_FILE
 from spaces.detectors.base import Category, Postprocess, Preprocess
 from spaces.errors import InputError
 from spaces.recipe import Recipe
 
 CARD_FILE = "model.json"
-MODEL_FILES = (MODEL_FILE, "model.pt")
+MODEL_FILES = (MODEL_FILE, TORCH_FILE)
 """Names of deployable files: those of ONNX engines, and of torch."""
 
 

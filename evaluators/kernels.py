@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 
-def kernel_of(width: int) -> str:
-    """The kernel that runs a bit-width on a CPU: `f32`, `bf16` or `i8`; narrower ones run as int8."""
-    if width > 16:
-        return "f32"
-    return "bf16" if width > 8 else "i8"
+def kernel_of(width: int, native: Sequence[int]) -> str:
+    """The kernel that runs a bit-width: `f32`, `bf16`, `i8`, `i4`, ... of the next one that is native."""
+    runs = min((one for one in native if one >= width), default=32)
+    return {32: "f32", 16: "bf16"}.get(runs, f"i{runs}")
 
 
-def fell_back(bits: Mapping[str, int], kernels: Mapping[str, str]) -> dict[str, str]:
+def fell_back(bits: Mapping[str, int], kernels: Mapping[str, str], native: Sequence[int]) -> dict[str, str]:
     """Layers that run in another type than asked for, with both, such as `f32 instead of i8`.
 
     Narrower than asked for counts as well: a float32 layer that silently runs in bfloat16 flatters the
     base. A layer that is not in the profile was removed or merged with another one; see `unseen`.
 
     Args:
-        bits: asked for, by layer; what is narrower than the engine's narrowest runs in that one.
+        bits: asked for, by layer.
         kernels: of `Session.kernels`.
+        native: bit-widths of the target's capabilities.
     """
+    asked = {layer: kernel_of(width, native) for layer, width in bits.items()}
     return {
-        layer: f"{kernels[layer]} instead of {kernel_of(width)}"
-        for layer, width in bits.items()
-        if layer in kernels and kernels[layer] != kernel_of(width)
+        layer: f"{kernels[layer]} instead of {kind}"
+        for layer, kind in asked.items()
+        if kernels.get(layer, kind) != kind
     }
 
 

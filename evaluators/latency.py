@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from evaluators.targets.base import Session
+from evaluators.targets.base import Predicting, Session
 from evaluators.timing_statistics import FEWEST_ROUNDS, balanced_orders, base_drift, median_interval
 from spaces.errors import InputError
 
@@ -54,6 +54,7 @@ class PairedLatency(BaseModel):
         stable: False where the base drifted in every batch; the figures are then those of the steadiest.
         rejected_batches: batches thrown away because the base drifted.
         seconds: time spent, warm-up, rejected batches and all models of the batch included.
+        predicted: nothing was measured: both times are computed from a description of the hardware.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,6 +73,7 @@ class PairedLatency(BaseModel):
     stable: bool
     rejected_batches: int
     seconds: float
+    predicted: bool = False
 
     @property
     def rounds(self) -> int:
@@ -152,10 +154,14 @@ def measure_many(
         max_batches: batches at most; after the last, the steadiest counts and is marked unstable.
         clock: seconds, monotonic.
 
+    Sessions of a target that computes latencies are not timed: their ratios are exact, and say so.
+
     Raises:
         InputError: no images, an image of another shape, or rounds out of order.
     """
     _check(images, min_rounds, max_rounds)
+    if isinstance(base, Predicting):
+        return {name: _predicted(session, base, threads) for name, session in sessions.items()}
     models = {_BASE: base, **sessions}
     if len(models) != len(sessions) + 1:
         raise InputError("latency", _BASE, "give every model a name")
@@ -198,6 +204,29 @@ def measure_many(
             seconds=seconds,
         )
     return results
+
+
+def _predicted(session: Session, base: Predicting, threads: int) -> PairedLatency:
+    """What was computed, in the form of what is measured: one round, an interval without width."""
+    assert isinstance(session, Predicting), "a session is timed against a base of its own target"
+    ratio = session.predicted_ms / base.predicted_ms
+    return PairedLatency(
+        ratio=ratio,
+        low=ratio,
+        high=ratio,
+        quartiles=(ratio, ratio),
+        candidate_ms=_times([session.predicted_ms]),
+        base_ms=_times([base.predicted_ms]),
+        images=0,
+        threads=threads,
+        affinity=(),
+        target_spread=0.0,
+        drift=0.0,
+        stable=True,
+        rejected_batches=0,
+        seconds=0.0,
+        predicted=True,
+    )
 
 
 def same_speed(a: PairedLatency, b: PairedLatency) -> bool:

@@ -43,8 +43,10 @@ def peak_memory_mb(model: Path, target: str, threads: int, hint: str, size: tupl
 
 
 def _main(model: str, target: str, threads: str, hint: str, height: str, width: str) -> None:
+    engine = target_named(target)
+    engine.signature(int(threads))  # loads libraries that a target imports late
     before = _status("VmRSS")
-    session = target_named(target).prepare(Path(model), int(threads), hint)
+    session = engine.prepare(Path(model), int(threads), hint)
     for _ in range(RUNS):
         session.run(np.zeros((1, 3, int(height), int(width)), np.float32))
     print(_status("VmHWM") - before)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -16,14 +17,19 @@ from evaluators.evaluation import Evaluation, Measurement
 from evaluators.exported import ModelCard, model_in
 from evaluators.finetune import fine_tune, recalibrate_norms
 from evaluators.jobs import Job, StageReport
+from evaluators.kernels import fell_back, unseen
 from evaluators.latency import PairedLatency, measure_pair
 from evaluators.memory import peak_memory_mb
+from evaluators.parity import require_parity
 from evaluators.stage_clock import StageClock
-from evaluators.targets.base import Session
+from evaluators.targets.base import Predicting, Session
+from evaluators.torch_session import TorchSession
 from spaces.apply import apply, parameters, save
+from spaces.layers import count_macs
+from spaces.lowrank import by_part
 from spaces.methods.base import Draft
 from spaces.recipe import Recipe
-from spaces.space import bits_by_layer, kept_by_site, total_macs
+from spaces.space import bits_by_layer, widths_by_layer
 
 BASE_FOLDER = "base"
 REFERENCE_FILE = "reference.json"
@@ -60,19 +66,32 @@ class CandidateWorker:
         if draft.changed:  # what only changes its bit-widths keeps its weights
             yield from self._fine_tune(draft.network, job.seed, clock, step_ms)
         card, session = self._exported(draft, recipe, folder)
-        yield clock.ended("export", "score")
+        if recipe.is_identity:
+            yield clock.ended("export", "compare with torch")
+            with bench.slot.computing():
+                require_parity(session, TorchSession(bench.whole(draft.network)), bench.timing_inputs)
+            yield clock.ended("compare with torch", "score")
+        else:
+            yield clock.ended("export", "score")
         figures = self._scored(session)
         yield clock.ended("score", "wait for a quiet moment to time it")
         paired = self._timed(session)
         yield clock.ended("latency", "")
         metrics = self._metrics(draft, recipe, folder, figures, paired, step_ms, card.runtime.hint)
         with bench.slot.computing():  # the profile loads and runs the model once more
-            kernels = _kernels(session)
+            kernels = session.kernels()
         details = {
             "latency": paired.model_dump(mode="json"),
-            "kernels": kernels,
+            **_kernels(
+                kernels,
+                by_part(draft.network, bits_by_layer(recipe, bench.sites)),
+                bench.capabilities.bit_widths,
+            ),
             "layers": self._layers(recipe),
+            "factors": {name: [plan.kind, *plan.ranks] for name, plan in draft.factors.items()},
         }
+        if isinstance(session, Predicting):
+            details["roofline"] = session.roofline.described()
         if recipe.is_identity:
             yield from self._trained_further(job.seed, clock, metrics)
         evaluation = Evaluation(
@@ -179,12 +198,17 @@ class CandidateWorker:
             ),
             "size_mb": Measurement(value=model_in(folder).stat().st_size / 1e6, unit="MB"),
             "params": Measurement(value=parameters(draft.network), unit="parameters"),
-            "macs": Measurement(value=total_macs(recipe, self.bench.sites), unit="MACs"),
+            "macs": Measurement(value=self._macs(draft.network), unit="MACs"),
             "peak_memory_mb": Measurement(value=self._memory(model_in(folder), hint), unit="MB"),
         }
         if step_ms:
             metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")
         return metrics
+
+    def _macs(self, network: nn.Module) -> int:
+        """Counted, for a spatial split takes fewer than the space says of a factorised layer."""
+        with self.bench.slot.computing():
+            return count_macs(network, self.bench.detector.preprocess.size)
 
     def _memory(self, model: Path, hint: str) -> float:
         bench = self.bench
@@ -196,7 +220,7 @@ class CandidateWorker:
     def _layers(self, recipe: Recipe) -> dict[str, list[int]]:
         """Of each layer that lost channels: inputs and outputs kept, inputs and outputs removed."""
         sites = self.bench.sites
-        widths = sites.widths(kept_by_site(recipe, sites))
+        widths = widths_by_layer(recipe, sites)
         found = {}
         for name, facts in sites.facts.items():
             inputs, outputs = widths[name]
@@ -272,10 +296,14 @@ class CandidateWorker:
         yield StageReport(stage="latency", result=result)
 
 
-def _kernels(session: Session) -> dict[str, int]:
-    """Number of executed kernels by precision."""
-    kinds = list(session.kernels().values())
-    return {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+def _kernels(kernels: dict[str, str], bits: dict[str, int], native: Sequence[int]) -> dict[str, Any]:
+    """Number of executed kernels by precision, and the layers that do not run as the recipe says."""
+    kinds = list(kernels.values())
+    return {
+        "kernels": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "fell_back": fell_back(bits, kernels, native),
+        "unseen": unseen(bits, kernels),
+    }
 
 
 def worker_factory(config: BenchConfig, artifacts: Path) -> partial[CandidateWorker]:

@@ -82,7 +82,7 @@ class TargetContract:
             if width == 32:
                 assert set(kernels.values()) == {"f32"}, "float32 must not silently run in less"
             if can_run(width):
-                assert fell_back(bits, kernels) == {}
+                assert fell_back(bits, kernels, target.capabilities.bit_widths) == {}
                 assert len(unseen(bits, kernels)) <= 0.1 * len(bits)
 
     def test_every_bit_width_finds_what_float32_finds(self, target: Target, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ class TargetContract:
         check_detections(session.run(images(1)[0]))
         asked = {layer: width for layer, width in bits.items() if can_run(width)}
         kernels = session.kernels()
-        assert fell_back(asked, kernels) == {}
+        assert fell_back(asked, kernels, widths) == {}
         assert len(unseen(asked, kernels)) <= 0.1 * len(asked)
 
     def test_blank_images_and_images_without_detections(self, target: Target, tmp_path: Path) -> None:

@@ -71,6 +71,7 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Searc
     document = _read(path)
     for field in _PATHS:
         _resolve(document, field, path.parent)
+    _resolve_target(document, path.parent)
     document.setdefault("name", path.stem)
     changes = dict(overrides or {})
     if document.get("checkpoint", changes.get("checkpoint")) is None:
@@ -109,6 +110,7 @@ def parse_config(document: Mapping[str, Any], source: str) -> SearchConfig:
             "data": data,
             "checkpoint": _absolute(config.checkpoint),
             "cache": _absolute(config.cache),
+            "target": _absolute_target(config.target),
         }
     )
 
@@ -158,6 +160,20 @@ def _resolve(document: dict[str, Any], field: str, folder: Path) -> None:
     # Names of annotations (`fit: train`) are no paths; a folder that happens to be called so does not count.
     if beside.exists() and (last in ("checkpoint", "root") or beside.is_file()):
         place[last] = str(beside)
+
+
+def _resolve_target(document: dict[str, Any], folder: Path) -> None:
+    """A description beside the configuration takes the place of one in the working directory."""
+    kind, _, file = str(document.get("target", "")).partition(":")
+    beside = folder / Path(file).expanduser()
+    if file and beside.is_file():
+        document["target"] = f"{kind}:{beside}"
+
+
+def _absolute_target(target: str) -> str:
+    """Workers have working directories of their own."""
+    kind, _, file = target.partition(":")
+    return f"{kind}:{_absolute(Path(file))}" if file else target
 
 
 def _put(document: dict[str, Any], field: str, value: Any) -> None:

@@ -15,7 +15,16 @@ def suppress(boxes: Tensor, scores: Tensor, iou: float, threshold: float, limit:
     Boxes `(K, 4)` xyxy and scores `(K,)` of one class. A box goes where it overlaps a better one by more
     than `iou`, or where its score is not above `threshold`.
     """
+    script: Any = torch.jit  # its functions have no annotations
+    if script.is_tracing() and not torch.onnx.is_in_onnx_export():
+        return _suppressed(boxes, scores, iou, threshold, limit)  # TorchScript holds no Python functions
     return cast(Tensor, _Suppression.apply(boxes, scores, iou, threshold, limit))
+
+
+def _suppressed(boxes: Tensor, scores: Tensor, iou: float, threshold: float, limit: int) -> Tensor:
+    candidates = (scores > threshold).nonzero().squeeze(1)
+    kept = nms(boxes[candidates].float(), scores[candidates].float(), iou)[:limit]
+    return candidates[kept]
 
 
 class _Suppression(torch.autograd.Function):
@@ -26,9 +35,7 @@ class _Suppression(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, boxes: Tensor, scores: Tensor, iou: float, threshold: float, limit: int) -> Tensor:
-        candidates = (scores > threshold).nonzero().squeeze(1)
-        kept = nms(boxes[candidates].float(), scores[candidates].float(), iou)[:limit]
-        return candidates[kept]
+        return _suppressed(boxes, scores, iou, threshold, limit)
 
     @staticmethod
     def symbolic(g: Any, boxes: Any, scores: Any, iou: float, threshold: float, limit: int) -> Any:

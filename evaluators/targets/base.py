@@ -16,6 +16,7 @@ from spaces.capabilities import Capabilities
 if TYPE_CHECKING:  # torch is behind these, which a process that only serves need not load
     from evaluators.calibration import LayerRanges
     from evaluators.postprocess import WholeDetector
+    from evaluators.targets.roofline import Roofline
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ class Predicting(Protocol):
     @property
     def predicted_ms(self) -> float:
         """Latency of one image, milliseconds."""
+        ...
+
+    @property
+    def roofline(self) -> Roofline:
+        """What the model reaches of what the hardware could do."""
         ...
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from evaluators.graph import MODEL_FILE, layer_nodes, tensor_part
 from evaluators.targets.base import Lowered, TensorPart, Written

@@ -27,6 +27,7 @@ from search.commands.options import (
 
 if TYPE_CHECKING:
     from evaluators.datasets.split import DetectionSplit
+    from evaluators.quiet import QuietSlot
     from evaluators.targets.base import Session
     from search.config import SearchConfig
     from spaces.detectors.base import Preprocess
@@ -55,7 +56,7 @@ def evaluate(
         int | None, typer.Option("--trial", min=0, help="The model of this trial of --study.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="Engine: openvino, onnxruntime or torch.", metavar="NAME")
+        str | None, typer.Option("--target", help="Engine; default: the model's own.", metavar="NAME")
     ] = None,
     hint: Annotated[
         str | None, typer.Option("--hint", help="OpenVINO's precision hint, f32 or bf16.", metavar="TYPE")
@@ -84,6 +85,8 @@ def evaluate(
     settings = load_config(config, changes)
     if hint not in (None, "f32", "bf16"):
         raise InputError("--hint", hint, "choose f32 or bf16")
+    if hint == "bf16" and (target or settings.target) != "openvino":
+        raise InputError("--hint", hint, "is OpenVINO's")
     torch.set_num_threads(settings.threads)
     if trial is not None:
         model = _model_of_trial(settings.name, trial, storage)
@@ -109,49 +112,38 @@ def _model_of_trial(study: str, trial: int, storage: str) -> Path:
 def _base(
     settings: SearchConfig, split: DetectionSplit, target: str, hint: str | None, folder: Path
 ) -> Subject:
-    """The base, run by torch or exported in float32 for an engine."""
-    from evaluators.export import export_graph
-    from evaluators.exported import write_graph
+    """The base, exported in float32 for an engine."""
     from evaluators.postprocess import WholeDetector
-    from evaluators.targets.registry import TARGETS
-    from evaluators.torch_session import TorchSession
+    from evaluators.targets.registry import target_named
+    from spaces.detectors.base import postprocess_of
     from spaces.detectors.registry import make_detector
     from spaces.detectors.weights import load_weights
-    from spaces.errors import InputError
 
+    engine = target_named(target)
     detector = make_detector(settings.model, len(split.categories), settings.size)
     network = detector.build()
     load_weights(network, settings.checkpoint)
     network.eval()
+    rules = postprocess_of(detector, settings.postprocess)
+    whole = WholeDetector(detector.simplified(network), detector, rules, split.categories)
+    file = engine.write(whole.eval(), {}, {}, folder).model
+    session = engine.prepare(file, settings.threads, hint or "f32")
     described = {"model": str(settings.checkpoint), "target": target, "hint": hint or "f32"}
-    if target == "torch":
-        if hint == "bf16":
-            raise InputError("--hint", hint, "is OpenVINO's; torch runs the base in float32")
-        whole = WholeDetector(detector.simplified(network), detector, settings.postprocess, split.categories)
-        megabytes = settings.checkpoint.stat().st_size / 1e6
-        return Subject(TorchSession(whole), detector.preprocess, {**described, "size_mb": megabytes})
-    if target not in TARGETS:
-        raise InputError("--target", target, f"choose one of {', '.join([*TARGETS, 'torch'])}")
-    graph = export_graph(network, detector, settings.postprocess, split.categories)
-    file = write_graph(graph, folder)
-    session = TARGETS[target].prepare(file, settings.threads, hint or "f32")
     return Subject(session, detector.preprocess, {**described, "size_mb": file.stat().st_size / 1e6})
 
 
 def _exported(settings: SearchConfig, model: Path, target: str | None, hint: str | None) -> Subject:
     """An exported pair, in the engine that it was made for or in another one."""
     from evaluators.exported import ModelCard
-    from evaluators.targets.registry import TARGETS
+    from evaluators.targets.registry import target_named
     from spaces.errors import InputError
 
     if not model.is_file():
         raise InputError("--model", str(model), "no such file")
     card = ModelCard.beside(model)
     engine = target or card.runtime.engine
-    if engine not in TARGETS:
-        raise InputError("--target", engine, f"exported files run in {', '.join(TARGETS)}")
     hint = hint or card.runtime.hint
-    session = TARGETS[engine].prepare(model, settings.threads, hint)
+    session = target_named(engine).prepare(model, settings.threads, hint)
     megabytes = model.stat().st_size / 1e6
     described = {"model": str(model), "target": engine, "hint": hint, "size_mb": megabytes}
     return Subject(session, card.preprocess, described)
@@ -161,6 +153,7 @@ def _measured(settings: SearchConfig, subject: Subject, split: DetectionSplit) -
     from evaluators.accuracy import score_session
     from evaluators.datasets.letterbox import LetterboxedImages, network_input
     from evaluators.quiet import QuietSlot
+    from evaluators.targets.base import Predicting
 
     look, session = subject.preprocess, subject.session
     images = LetterboxedImages.build(split, look.size, look.pad_value, settings.cache)
@@ -168,12 +161,10 @@ def _measured(settings: SearchConfig, subject: Subject, split: DetectionSplit) -
     with slot.computing():
         figures, _ = score_session(session, split, images, look)
     inputs = [network_input(images.pixels[k : k + 1], look) for k in range(min(TIMED_IMAGES, len(images)))]
-    milliseconds = []
-    with slot.quiet():
-        for k in range(WARM_UP + TIMED_ROUNDS):
-            before = time.perf_counter()
-            session.run(inputs[k % len(inputs)])
-            milliseconds.append((time.perf_counter() - before) * 1e3)
+    if isinstance(session, Predicting):
+        latency = {"latency_ms_predicted": round(session.predicted_ms, 3)} | session.roofline.described()
+    else:
+        latency = {"latency_ms_p50": round(_timed(session, inputs, slot), 3)}
     return {
         **subject.described,
         "split": str(split.source),
@@ -181,8 +172,19 @@ def _measured(settings: SearchConfig, subject: Subject, split: DetectionSplit) -
         "images": len(split.images),
         "threads": settings.threads,
         **{name: None if value != value else round(value, 3) for name, value in figures.items()},
-        "latency_ms_p50": round(median(milliseconds[WARM_UP:]), 3),
+        **latency,
     }
+
+
+def _timed(session: Session, inputs: list[Any], slot: QuietSlot) -> float:
+    """Median of some runs while the machine is quiet, milliseconds."""
+    milliseconds = []
+    with slot.quiet():
+        for k in range(WARM_UP + TIMED_ROUNDS):
+            before = time.perf_counter()
+            session.run(inputs[k % len(inputs)])
+            milliseconds.append((time.perf_counter() - before) * 1e3)
+    return median(milliseconds[WARM_UP:])
 
 
 def _as_text(result: dict[str, Any]) -> str:
@@ -196,5 +198,14 @@ def _as_text(result: dict[str, Any]) -> str:
     for name in FIGURES:
         value = result[name]
         lines.append(f"  {name:<12} {'no such objects' if value is None else f'{value:6.2f}'}")
-    lines.append(f"  latency      {result['latency_ms_p50']:6.2f} ms, median of this one run, whole detector")
+    if "latency_ms_p50" in result:
+        lines.append(
+            f"  latency      {result['latency_ms_p50']:6.2f} ms, median of this one run, whole detector"
+        )
+    else:
+        lines.append(f"  latency      {result['latency_ms_predicted']:6.2f} ms, predicted, not measured:")
+        lines.append(
+            f"               {result['share']:.0%} of the roofline, {result['attained_gmacs']:.1f} of "
+            f"{result['peak_gmacs']:.1f} GMAC/s"
+        )
     return "\n".join(lines)

@@ -23,7 +23,10 @@ Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", help="Weights of the base model.", metavar="FILE")
 ]
 Target = Annotated[
-    str | None, typer.Option("--target", help="Engine: openvino or onnxruntime.", metavar="NAME")
+    str | None,
+    typer.Option(
+        "--target", help="Engine: openvino, onnxruntime, torch, ..., analytic:FILE.", metavar="NAME"
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads of each worker and engine.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.")]

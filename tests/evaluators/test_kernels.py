@@ -21,14 +21,18 @@ from spaces.detectors.base import Postprocess
 
 
 def test_what_falls_back_is_named_with_both_types() -> None:
+    cpu = (32, 16, 8)
+    assert [kernel_of(width, cpu) for width in (32, 16, 8, 4)] == ["f32", "bf16", "i8", "i8"]
+    assert [kernel_of(width, (32, 8, 4)) for width in (16, 6, 4, 2)] == ["f32", "i8", "i4", "i4"]
     bits = {"a": 8, "b": 16, "c": 32, "d": 4, "gone": 8}
-    assert [kernel_of(width) for width in (32, 16, 8, 4, 2)] == ["f32", "bf16", "i8", "i8", "i8"]
-    assert fell_back(bits, {"a": "i8", "b": "bf16", "c": "f32", "d": "i8"}) == {}
+    assert fell_back(bits, {"a": "i8", "b": "bf16", "c": "f32", "d": "i8"}, cpu) == {}
     kernels = {"a": "f32", "b": "f32", "c": "bf16", "d": "i8", "/MatMul": "f32"}
-    assert fell_back(bits, kernels) == {
+    fallen = {"a": "f32 instead of i8", "b": "f32 instead of bf16", "c": "bf16 instead of f32"}
+    assert fell_back(bits, kernels, cpu) == fallen
+    assert fell_back(bits, kernels, (32, 8, 4)) == {
         "a": "f32 instead of i8",
-        "b": "f32 instead of bf16",
         "c": "bf16 instead of f32",
+        "d": "i8 instead of i4",
     }
     assert unseen(bits, kernels) == ["gone"]
 

@@ -113,8 +113,8 @@ def rescored(worker: CandidateWorker, evaluation: Evaluation) -> dict[str, float
 def test_the_base(worker: CandidateWorker, base: Done) -> None:
     reports, evaluation = base
     stages = [report.stage for report in reports]
-    assert stages[:4] == ["compress", "export", "score", "latency"]
-    assert stages[4:] == ["teacher", "train the base further 1/1", "score the base trained further", "done"]
+    assert stages[:5] == ["compress", "export", "compare with torch", "score", "latency"]
+    assert stages[5:] == ["teacher", "train the base further 1/1", "score the base trained further", "done"]
     metrics = evaluation.metrics
     assert metrics["map"].value > 50  # 73 on all of report
     assert metrics["map_trained_further"].value > 50
@@ -143,7 +143,9 @@ def test_a_pruned_and_quantised_candidate(worker: CandidateWorker, base: Done, c
     assert set(evaluation.seconds) >= {"compress", "fine-tune 1/1", "export", "score", "latency", "suspended"}
     kernels, bits = evaluation.details["kernels"], list(bits_by_layer(recipe, bench.sites).values())
     assert kernels["i8"] == bits.count(8)
+    assert evaluation.details["unseen"] == []
     if can_run(16):
+        assert evaluation.details["fell_back"] == {}
         assert kernels == {"i8": bits.count(8), "bf16": bits.count(16), "f32": bits.count(32)}
 
 
