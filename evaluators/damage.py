@@ -13,6 +13,7 @@ from evaluators.finetune import measure_norms
 from evaluators.precision import weight_scales
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
+from spaces.lowrank import by_part
 from spaces.recipe import Recipe
 from spaces.space import bits_by_layer
 
@@ -45,11 +46,12 @@ class Damage:
         """
         bench = self._bench
         draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
-        bits = {layer: width for layer, width in bits_by_layer(recipe, bench.sites).items() if width < 32}
         network = self._repaired(draft.network) if draft.changed else draft.network
+        widths = by_part(network, bits_by_layer(recipe, bench.sites))
+        bits = {layer: width for layer, width in widths.items() if width < 32}
         if bits:
+            ranges = self._ranges_of(network, [layer for layer, width in bits.items() if width <= 8])
             network = bench.detector.simplified(network)
-            ranges = self._base_ranges([layer for layer, width in bits.items() if width <= 8])
             for layer, width in bits.items():
                 _round(network.get_submodule(layer), width, ranges.get(layer))
         if not draft.changed:
@@ -64,11 +66,12 @@ class Damage:
         with torch.no_grad():
             return float(self._bench.detector.distillation(network(self._images), self._outputs))
 
-    def _base_ranges(self, layers: list[str]) -> dict[str, LayerRanges]:
-        """Ranges of the base's layers, all calibrated at the first need."""
+    def _ranges_of(self, network: nn.Module, layers: list[str]) -> dict[str, LayerRanges]:
+        """Ranges of the base's layers, all calibrated at the first need; those of factors on the network."""
         if layers and not self._ranges:
             self._ranges = self._bench.ranges(self._bench.base, list(self._bench.sites.facts))
-        return {layer: self._ranges[layer] for layer in layers}
+        factors = self._bench.ranges(network, [layer for layer in layers if layer not in self._ranges])
+        return {layer: factors.get(layer) or self._ranges[layer] for layer in layers}
 
 
 def _round(layer: nn.Module, width: int, ranges: LayerRanges | None) -> None:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from spaces.detectors.weights import load_weights, save_weights
 from spaces.errors import InputError
+from spaces.lowrank import Factored
 from spaces.methods.activate import replace_activations
 from spaces.methods.base import Draft, LayerChannels, Statistics
 from spaces.methods.drop import drop_blocks
+from spaces.methods.factorize import replace_layers
 from spaces.methods.prune import slice_layers
 from spaces.methods.registry import METHODS
 from spaces.recipe import Recipe
@@ -62,6 +64,7 @@ def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
     plan = {
         "recipe": recipe.model_dump(mode="json"),
         "channels": {name: {"out": c.out, "into": c.into} for name, c in draft.channels.items()},
+        "factors": {name: [plan.kind, *plan.ranks] for name, plan in draft.factors.items()},
         "activations": draft.activations,
         "dropped": draft.dropped,
         "bits": draft.bits,
@@ -92,13 +95,15 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
         for name, sides in plan["channels"].items()
     }
     slice_layers(network, channels)
+    factors = {name: Factored(kind, tuple(ranks)) for name, (kind, *ranks) in plan.get("factors", {}).items()}
+    replace_layers(network, factors)
     activations = dict(plan.get("activations", {}))
     replace_activations(network, activations)
     dropped = tuple(plan.get("dropped", ()))
     drop_blocks(network, dropped)
     load_weights(network, directory / STATE_FILE)
     bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
-    return recipe, Draft(network, channels, bits, activations, dropped)
+    return recipe, Draft(network, channels, bits, activations, dropped, factors)
 
 
 def _indices(values: list[int] | None) -> tuple[int, ...] | None:

@@ -83,6 +83,11 @@ def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFa
     return found
 
 
+def count_macs(network: nn.Module, size: tuple[int, int]) -> int:
+    """Multiply-accumulates of one image, of the layers that a network has; arguments as `trace_layers`."""
+    return sum(layer.macs(layer.inputs, layer.outputs) for layer in trace_layers(network, size).values())
+
+
 def _facts(name: str, module: nn.Module, source: Tensor, output: Tensor) -> LayerFacts:
     bias = module.bias is not None
     if isinstance(module, nn.Conv2d):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 Kind = Literal["svd", "tucker", "split"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,20 @@ class Factors(nn.Sequential):
     """In the place of a layer, under its name: the thinner layers that it became, called `0`, `1` ..."""
 
 
-def part_names(network: nn.Module, layer: str) -> tuple[str, ...]:
-    """Names of the modules that compute a layer: its own, or those of its factors."""
-    module = network.get_submodule(layer)
-    if not isinstance(module, Factors):
-        return (layer,)
-    return tuple(f"{layer}.{name}" for name, _ in module.named_children())
+def by_part(network: nn.Module, layers: Mapping[str, T]) -> dict[str, T]:
+    """What holds for layers, by the modules that compute them: themselves, or all of their factors.
+
+    Layers that the network does not have any more are left out.
+    """
+    modules = dict(network.named_modules())
+    found = {}
+    for layer, value in layers.items():
+        module = modules.get(layer)
+        if isinstance(module, Factors):
+            found.update({f"{layer}.{name}": value for name, _ in module.named_children()})
+        elif module is not None:
+            found[layer] = value
+    return found
 
 
 def shaped(layer: nn.Conv2d | nn.Linear, plan: Factored) -> Factors:

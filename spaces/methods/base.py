@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from spaces.capabilities import Capabilities
+from spaces.lowrank import Factored
 from spaces.recipe import Choice
 from spaces.sites import Sites
 
@@ -34,6 +35,7 @@ class Draft:
         bits: (weight, activation) bit-widths of the layers that are not float32.
         activations: functions put in the place of others, by the name of the activation module.
         dropped: residual blocks that are left out, by module name.
+        factors: how layers were factorised.
     """
 
     network: nn.Module
@@ -41,11 +43,12 @@ class Draft:
     bits: dict[str, tuple[int, int]] = field(default_factory=dict)
     activations: dict[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    factors: dict[str, Factored] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:
         """True where more than bit-widths differs from the base: such a network has to be trained."""
-        return bool(self.channels or self.activations or self.dropped)
+        return bool(self.channels or self.factors or self.activations or self.dropped)
 
 
 @runtime_checkable

@@ -5,11 +5,13 @@ from __future__ import annotations
 from spaces.methods.activate import Activation
 from spaces.methods.base import Method
 from spaces.methods.drop import Dropping
+from spaces.methods.factorize import Factorization
 from spaces.methods.prune import Pruning
 from spaces.methods.quantize import Quantization
 
 METHODS: dict[str, Method] = {
     "prune": Pruning(),
+    "factorize": Factorization(),
     "activate": Activation(),
     "quantize": Quantization(),
     "drop": Dropping(),

@@ -56,7 +56,8 @@ def test_rebuilt_from_disk_bit_for_bit(tmp_path: Path) -> None:
         (Prune(site="nowhere", sparsity=0.5), "'nowhere': is no channel site"),
         (Prune(site="stem.0", sparsity=0.99), "leaves no channel"),
         (Quantize(site="stem.1", weight_bits=8, activation_bits=8), "'stem.1': is no layer site"),
-        (Factorize(site="stem.0", rank_ratio=0.5), "'factorize': choose one of"),
+        (Factorize(site="nowhere", rank_ratio=0.5), "'nowhere': is no layer site"),
+        (Factorize(site="stem.0", rank_ratio=0.5), "stem.0.rank_ratio: 0.5: makes no layer there cheaper"),
     ],
 )
 def test_bad_recipes_are_refused_in_one_line(choice: Prune | Quantize | Factorize, message: str) -> None:
