@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import onnx
 import torch
@@ -42,7 +43,7 @@ def export_whole(whole: WholeDetector) -> onnx.ModelProto:
     """
     images = torch.zeros(1, 3, *whole.detector.preprocess.size)
     buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), _plain_attention():
         warnings.simplefilter("ignore")  # the exporter's own deprecation, and shapes that are constant here
         torch.onnx.export(
             whole,
@@ -57,3 +58,14 @@ def export_whole(whole: WholeDetector) -> onnx.ModelProto:
     graph = onnx.version_converter.convert_version(onnx.load_from_string(buffer.getvalue()), OPSET)
     graph.producer_name = "paredown"
     return graph
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without torch's fused attention, which the exporter does not know."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -14,13 +14,13 @@ from spaces.detectors.weights import load_weights, save_weights
 from spaces.errors import InputError
 from spaces.lowrank import Factored
 from spaces.methods.activate import replace_activations
-from spaces.methods.base import Draft, LayerChannels, Statistics
+from spaces.methods.base import Draft, Statistics
 from spaces.methods.drop import drop_blocks
 from spaces.methods.factorize import replace_layers
-from spaces.methods.prune import slice_layers
 from spaces.methods.registry import METHODS
 from spaces.recipe import Recipe
 from spaces.sites import Sites
+from spaces.slicing import LayerChannels, slice_layers
 
 PLAN_FILE, STATE_FILE = "recipe.json", "state.safetensors"
 

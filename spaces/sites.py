@@ -16,6 +16,7 @@ from spaces.activations import ActivationSite, activation_sites
 from spaces.detectors.base import Detector
 from spaces.layers import LayerFacts, trace_layers
 from spaces.residual import ResidualSite, residual_sites
+from spaces.slicing import channels_left, slice_layers
 
 NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
@@ -95,6 +96,7 @@ def find_sites(detector: Detector, network: nn.Module, max_sites: int | None = N
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
+    channel = _that_hold(network, channel, detector.preprocess.size)
     layer = {site.name: site for site in _layer_sites(facts, siblings=False)}
     if max_sites is not None and len(channel) + len(layer) > max_sites:
         layer = {site.name: site for site in _layer_sites(facts, siblings=True)}
@@ -105,6 +107,41 @@ def find_sites(detector: Detector, network: nn.Module, max_sites: int | None = N
         activation_sites(detector, network, facts),
         residual_sites(detector, network, facts),
     )
+
+
+def _that_hold(
+    network: nn.Module, sites: Mapping[str, ChannelSite], size: tuple[int, int]
+) -> dict[str, ChannelSite]:
+    """The sites without which the network still runs, half of their channels taken away.
+
+    What indexes channels by fixed numbers (splits, shuffles, slices) may be beyond the tracer. One pass tells
+    for all sites; only where it fails they are tried one after another.
+    """
+    images = torch.zeros(1, 3, *size)
+    with torch.no_grad():
+        whole = [output.shape for output in copy.deepcopy(network).eval()(images)]
+
+    def holds(some: Mapping[str, ChannelSite]) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        kept = {
+            name: torch.randperm(site.channels, generator=generator)[: (site.channels + 1) // 2].sort().values
+            for name, site in some.items()
+        }
+        halved = copy.deepcopy(network).eval()
+        slice_layers(halved, channels_left(halved, some, kept))
+        try:
+            with torch.no_grad():
+                return [output.shape for output in halved(images)] == whole
+        except (RuntimeError, ValueError, IndexError):  # of shapes that do not fit
+            return False
+
+    if holds(sites):
+        return dict(sites)
+    good: dict[str, ChannelSite] = {}
+    for name, site in sites.items():
+        if holds(good | {name: site}):
+            good[name] = site
+    return good
 
 
 def short_name(layer: str) -> str:

@@ -30,9 +30,19 @@ def fold_norms(network: nn.Module) -> None:
             continue
         for (name, layer), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
             norms = isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
-            if norms and isinstance(layer, nn.Conv2d | Factors):
+            if (
+                norms
+                and isinstance(layer, nn.Conv2d | Factors)
+                and _produced(layer) == len(norm.running_mean)
+            ):
                 module.register_module(name, fold(layer, norm))
                 module.register_module(norm_name, nn.Identity())
+
+
+def _produced(layer: nn.Module) -> int:
+    """Channels that a layer puts out; a norm of others stands behind another layer."""
+    last = layer[-1] if isinstance(layer, Factors) else layer
+    return int(last.weight.shape[0])
 
 
 def fold(layer: nn.Module, norm: nn.Module) -> nn.Module:

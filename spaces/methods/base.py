@@ -12,17 +12,10 @@ from spaces.capabilities import Capabilities
 from spaces.lowrank import Factored
 from spaces.recipe import Choice
 from spaces.sites import Sites
+from spaces.slicing import LayerChannels
 
 Statistics = Mapping[str, Tensor]
 """Importance of a layer's output channels, `(outputs,)`, by layer name; made by `evaluators` from data."""
-
-
-@dataclass(frozen=True)
-class LayerChannels:
-    """Indices of the base layer's channels that are left; None where all are."""
-
-    out: tuple[int, ...] | None = None
-    into: tuple[int, ...] | None = None
 
 
 @dataclass

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
-from spaces.methods.base import Draft, LayerChannels, Statistics
+from spaces.methods.base import Draft, Statistics
 from spaces.recipe import Choice, Prune
 from spaces.sites import ChannelSite, Sites
+from spaces.slicing import channels_left, slice_layers
 
 MAX_SPARSITY = 0.875
 MAX_OPTIONS = 8
@@ -53,7 +53,7 @@ class Pruning:
             # Stable, so that equal scores fall the same way everywhere.
             best = torch.argsort(scores, descending=True, stable=True)[:count]
             kept[choice.site] = best.sort().values
-        draft.channels.update(channels_left(draft.network, sites, kept))
+        draft.channels.update(channels_left(draft.network, sites.channel, kept))
         slice_layers(draft.network, draft.channels)
 
 
@@ -104,92 +104,3 @@ def importance(site: ChannelSite, network: nn.Module, statistics: Statistics) ->
 
 def _add(total: Tensor, channels: Sequence[int], roots: Sequence[int], values: Tensor) -> None:
     total.index_add_(0, torch.tensor(roots), values[torch.tensor(channels)].to(total))
-
-
-def channels_left(network: nn.Module, sites: Sites, kept: Mapping[str, Tensor]) -> dict[str, LayerChannels]:
-    """Indices of every touched layer's channels that are left, from the sites' kept channels."""
-    removed: dict[str, dict[str, set[int]]] = defaultdict(lambda: {"out": set(), "in": set()})
-    for name, indices in kept.items():
-        alive = set(indices.tolist())
-        for member in sites.channel[name].members:
-            removed[member.layer][member.side].update(
-                c for c, root in zip(member.channels, member.roots, strict=True) if root not in alive
-            )
-    left = {}
-    for layer, gone in removed.items():
-        inputs, outputs = _widths(network.get_submodule(layer))
-        left[layer] = LayerChannels(_without(outputs, gone["out"]), _without(inputs, gone["in"]))
-    return left
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """Input and output channels; a norm has as many of either."""
-    match module:
-        case nn.Conv2d():
-            return module.in_channels, module.out_channels
-        case nn.Linear():
-            return module.in_features, module.out_features
-        case nn.BatchNorm2d():
-            return module.num_features, module.num_features
-        case nn.GroupNorm():
-            return module.num_channels, module.num_channels
-        case _:
-            raise TypeError(f"cannot prune a {type(module).__name__}")
-
-
-def _without(total: int, gone: set[int]) -> tuple[int, ...] | None:
-    return tuple(c for c in range(total) if c not in gone) if gone else None
-
-
-def slice_layers(network: nn.Module, channels: Mapping[str, LayerChannels]) -> None:
-    """Cut layers down, in place, to the channels that are left.
-
-    Works on the base network's shapes, whatever its weights, so a stored plan rebuilds a pruned network
-    without the library that found the dependencies.
-    """
-    for name, left in channels.items():
-        module = network.get_submodule(name)
-        match module:
-            case nn.Conv2d():
-                _slice_conv(module, left)
-            case nn.Linear():
-                _slice_parameter(module, "weight", left.into, dim=1)
-                _slice_parameter(module, "weight", left.out)
-                _slice_parameter(module, "bias", left.out)
-                module.out_features, module.in_features = module.weight.shape
-            case nn.BatchNorm2d():
-                for tensor in ("weight", "bias", "running_mean", "running_var"):
-                    _slice_parameter(module, tensor, left.out)
-                if left.out is not None:
-                    module.num_features = len(left.out)
-            case nn.GroupNorm():
-                _slice_parameter(module, "weight", left.out)
-                _slice_parameter(module, "bias", left.out)
-                if left.out is not None:
-                    module.num_channels = len(left.out)
-            case _:
-                raise InputError("channels", name, f"cannot slice a {type(module).__name__}")
-
-
-def _slice_conv(conv: nn.Conv2d, left: LayerChannels) -> None:
-    depthwise = conv.groups > 1
-    _slice_parameter(conv, "weight", left.out)
-    _slice_parameter(conv, "bias", left.out)
-    if not depthwise:
-        _slice_parameter(conv, "weight", left.into, dim=1)
-    conv.out_channels = int(conv.weight.shape[0])
-    if depthwise:
-        conv.groups = conv.in_channels = conv.out_channels
-    else:
-        conv.in_channels = int(conv.weight.shape[1])
-
-
-def _slice_parameter(module: nn.Module, name: str, left: tuple[int, ...] | None, dim: int = 0) -> None:
-    tensor = getattr(module, name)
-    if left is None or tensor is None:
-        return
-    cut = tensor.detach().index_select(dim, torch.tensor(left, device=tensor.device)).clone()
-    if isinstance(tensor, nn.Parameter):
-        setattr(module, name, nn.Parameter(cut, requires_grad=tensor.requires_grad))
-    else:
-        setattr(module, name, cut)
