@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ class LayerFacts:
         inputs, outputs: channels.
         kernel: height and width, `(1, 1)` for a linear layer.
         groups: 1, or `inputs` for a depthwise convolution.
-        positions: output height x width (a linear layer: rows).
+        positions: output height x width (a linear layer: rows), of all calls: a head may be shared by levels
+            or look at one region after another.
         bias: whether it has one.
-        read, written: height and width of what it reads and writes (a linear layer: rows, 1).
+        read, written: height and width of what it reads and writes (a linear layer: rows, 1; several calls
+            or regions: all their positions, 1).
     """
 
     name: str
@@ -62,8 +64,8 @@ def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFa
 
     def record(name: str) -> object:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name not in found:
-                found[name] = _facts(name, module, inputs[0], output)
+            facts = _facts(name, module, inputs[0], output)
+            found[name] = _both(found[name], facts) if name in found else facts
 
         return hook
 
@@ -88,11 +90,25 @@ def count_macs(network: nn.Module, size: tuple[int, int]) -> int:
     return sum(layer.macs(layer.inputs, layer.outputs) for layer in trace_layers(network, size).values())
 
 
+def _both(first: LayerFacts, second: LayerFacts) -> LayerFacts:
+    """Facts of a layer that is called twice."""
+    read, written = (
+        math.prod(a) + math.prod(b) for a, b in ((first.read, second.read), (first.written, second.written))
+    )
+    return replace(first, positions=first.positions + second.positions, read=(read, 1), written=(written, 1))
+
+
+def _extent(maps: Tensor) -> tuple[int, int]:
+    """Height and width of a map `(1, C, H, W)`; of more than one, all positions in a column."""
+    rows, _, height, width = (int(side) for side in maps.shape)
+    return (height, width) if rows == 1 else (rows * height * width, 1)
+
+
 def _facts(name: str, module: nn.Module, source: Tensor, output: Tensor) -> LayerFacts:
     bias = module.bias is not None
     if isinstance(module, nn.Conv2d):
         kernel = (int(module.kernel_size[0]), int(module.kernel_size[1]))
-        read, written = ((int(x.shape[2]), int(x.shape[3])) for x in (source, output))
+        read, written = (_extent(x) for x in (source, output))
         return LayerFacts(
             name, module.in_channels, module.out_channels, kernel, module.groups, math.prod(written), bias,
             read, written,
