@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from evaluators.calibration import LayerRanges, calibrate
+from evaluators.bias import correct_biases
+from evaluators.calibration import LayerRanges, QuantizationPlan, calibrate
 from evaluators.datasets.base import DataConfig, DetectionSplit, load_split, load_splits
 from evaluators.datasets.letterbox import LetterboxedImages, network_input
 from evaluators.evaluation import RESULT_VERSION
@@ -22,6 +23,7 @@ from evaluators.finetune import FineTunePlan
 from evaluators.importance import taylor_scores
 from evaluators.postprocess import WholeDetector
 from evaluators.quiet import QuietSlot
+from evaluators.signature import int8_weight_levels
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
 from spaces.detectors.base import Detector, Postprocess, postprocess_of
@@ -31,6 +33,9 @@ from spaces.lowrank import by_part
 from spaces.recipe import Prune, Recipe, identity
 from spaces.sites import Sites, find_sites
 from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
+
+BIAS_IMAGES = 16
+"""They run as one batch, for a layer is corrected behind corrected ones."""
 
 
 class SpaceConfig(BaseModel):
@@ -68,6 +73,7 @@ class BenchConfig(BaseModel):
     postprocess: Postprocess | None = None
     space: SpaceConfig = SpaceConfig()
     finetune: FineTunePlan = FineTunePlan()
+    quantization: QuantizationPlan = QuantizationPlan()
     latency: LatencyConfig = LatencyConfig()
     importance: Literal["magnitude", "taylor"] = "taylor"
     calibration_images: int = Field(default=32, ge=1)
@@ -105,9 +111,7 @@ class Bench:
     def space(self) -> SearchSpace:
         """The search space under the target's capabilities."""
         space = self.config.space
-        return build_space(
-            self.detector, self.sites, self.capabilities, space.methods, space.granularity
-        )
+        return build_space(self.detector, self.sites, self.capabilities, space.methods, space.granularity)
 
     @property
     def identity(self) -> Recipe:
@@ -189,8 +193,11 @@ class Bench:
         """Calibrated ranges of the layers of a network that is ready for export."""
         if not layers:
             return {}
-        inputs = self.inputs(self.fit, self.config.calibration_images)
-        return calibrate(self.detector.simplified(network), layers, inputs, self.config.seed)
+        return self._calibrated(self.detector.simplified(network), layers)
+
+    def _calibrated(self, simplified: nn.Module, layers: list[str]) -> dict[str, LayerRanges]:
+        config, inputs = self.config, self.inputs(self.fit, self.config.calibration_images)
+        return calibrate(simplified, layers, inputs, config.seed, config.quantization, self.capabilities)
 
     def export(
         self, network: nn.Module, bits: dict[str, int], recipe: Recipe, directory: Path
@@ -205,7 +212,14 @@ class Bench:
         """
         widths = by_part(network, dict.fromkeys(self.sites.facts, 32) | bits)
         narrow = [layer for layer, width in widths.items() if width <= 8]
-        written = self.target.write(self.whole(network), widths, self.ranges(network, narrow), directory)
+        whole, ranges = self.whole(network), {}
+        if narrow:
+            ranges = self._calibrated(whole.network, narrow)
+            if self.config.quantization.bias_correction:
+                inputs = self.inputs(self.fit, min(self.config.calibration_images, BIAS_IMAGES))
+                images = torch.cat([torch.from_numpy(image) for image in inputs])
+                correct_biases(whole.network, ranges, images, int8_weight_levels())
+        written = self.target.write(whole, widths, ranges, directory)
         card = ModelCard(
             detector=self.detector.name,
             preprocess=self.detector.preprocess,
@@ -249,6 +263,7 @@ class Bench:
             **{f"target {key}": str(v) for key, v in self.target.signature(config.threads).items()},
             "postprocess": self.postprocess.model_dump_json(),
             "fine-tuning": config.finetune.model_dump_json(),
+            "quantisation": config.quantization.model_dump_json(),
             "importance": config.importance,
             "calibration images": config.calibration_images,
             "seed": config.seed,

@@ -3,48 +3,98 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from spaces.capabilities import Capabilities
+
 SAMPLES_PER_IMAGE = 4096
+SAMPLES_PER_CHANNEL = 512
 CLIPS = np.linspace(1.0, 0.4, 25)
+INT8 = Capabilities()
+
+
+class QuantizationPlan(BaseModel):
+    """How ranges are found after training.
+
+    Attributes:
+        ranges: `mse` shrinks a range while the squared error of rounding falls; `percentile` cuts off what
+            lies outside; `minmax` keeps everything.
+        percentile: per cent of the values that a range of `percentile` holds on either side.
+        bias_correction: move the mean of every quantised layer's outputs back to where it was.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ranges: Literal["mse", "minmax", "percentile"] = "mse"
+    percentile: float = Field(default=99.99, gt=50.0, le=100.0)
+    bias_correction: bool = False
 
 
 @dataclass(frozen=True)
 class Range:
-    """Smallest and largest value that an 8-bit activation represents; 0 lies between."""
+    """Smallest and largest value that an integer activation represents; 0 lies between."""
 
     low: float
     high: float
 
+    def grid(self, levels: int = 256) -> tuple[float, int]:
+        """Scale and zero point that spread the range over integers from 0 to `levels - 1`."""
+        scale = (self.high - self.low) / (levels - 1)
+        return scale, min(max(round(-self.low / scale), 0), levels - 1)
+
 
 @dataclass(frozen=True)
 class LayerRanges:
-    """What a layer reads and what it produces (before any activation function)."""
+    """What a layer reads and what it produces (before any activation function), and in how many levels.
+
+    Attributes:
+        read, written: of the whole tensors.
+        by_channel: of each channel that a depthwise convolution reads; empty elsewhere, and where the
+            target takes one scale a tensor.
+        largest: weights are integers from `-largest` to `largest`.
+        levels: of what is read; what is written has 256.
+    """
 
     read: Range
     written: Range
+    by_channel: tuple[Range, ...] = ()
+    largest: int = 127
+    levels: int = 256
 
 
 def calibrate(
-    network: nn.Module, layers: Sequence[str], images: Iterable[NDArray[np.float32]], seed: int = 0
+    network: nn.Module,
+    layers: Sequence[str] | Mapping[str, tuple[int, int]],
+    images: Iterable[NDArray[np.float32]],
+    seed: int = 0,
+    plan: QuantizationPlan | None = None,
+    capabilities: Capabilities = INT8,
 ) -> dict[str, LayerRanges]:
-    """Ranges of each layer's input and output that quantise with the least squared error.
+    """Ranges of each layer's input and output.
 
-    Extremes and a random sample of values are collected per image; then the range is shrunk towards 0
-    while the mean squared error of 8-bit rounding on the sample falls (MSE clipping; Banner et al. 2019,
-    arXiv 1810.05723).
+    Extremes and a random sample of values are collected per image; by default the range is then shrunk
+    towards 0 while the mean squared error of rounding on the sample falls (MSE clipping; Banner et al.
+    2019, arXiv 1810.05723). Channels that a depthwise convolution reads may differ by orders of magnitude
+    and meet only in later layers, so each has a range of its own where the target can run that.
 
     Args:
         network: simplified, as it will be exported.
-        layers: module names.
+        layers: module names, with weight and activation bits where they are not 8.
         images: `(1, 3, H, W)` float32, preprocessed, from the fit role.
+        seed: of the sample.
+        plan: how ranges are chosen; MSE clipping without.
+        capabilities: of the target.
     """
+    bits = layers if isinstance(layers, Mapping) else dict.fromkeys(layers, (8, 8))
+    plan = plan or QuantizationPlan()
     generator = torch.Generator().manual_seed(seed)
     samples: dict[tuple[str, str], list[NDArray[np.float32]]] = defaultdict(list)
 
@@ -54,14 +104,23 @@ def calibrate(
         extremes = torch.stack((flat.min(), flat.max()))
         samples[name, side].append(torch.cat((extremes, flat[picked])).float().numpy())
 
+    def keep_channels(name: str, tensor: Tensor) -> None:
+        rows = tensor.detach().transpose(0, 1).flatten(1)
+        picked = torch.randint(rows.shape[1], (SAMPLES_PER_CHANNEL,), generator=generator)
+        extremes = (rows.amin(1, keepdim=True), rows.amax(1, keepdim=True))
+        samples[name, "channels"].append(torch.cat((*extremes, rows[:, picked]), dim=1).float().numpy())
+
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             keep(name, "read", inputs[0])
             keep(name, "written", output)
+            whole_bytes = bits[name][1] >= 8  # fewer levels need a clip, which has no ends by channel
+            if capabilities.depthwise_by_channel and whole_bytes and is_depthwise(module):
+                keep_channels(name, inputs[0])
 
         return hook
 
-    handles = [network.get_submodule(name).register_forward_hook(watch(name)) for name in layers]
+    handles = [network.get_submodule(name).register_forward_hook(watch(name)) for name in bits]
     try:
         with torch.no_grad():
             for batch in images:
@@ -69,13 +128,39 @@ def calibrate(
     finally:
         for handle in handles:
             handle.remove()
-    return {
-        name: LayerRanges(
-            best_range(np.concatenate(samples[name, "read"])),
-            best_range(np.concatenate(samples[name, "written"])),
+    found = {}
+    for name, (weight_bits, activation_bits) in bits.items():
+        levels = 2 ** min(activation_bits, 8)
+        channels = samples.get((name, "channels"), [])
+        rows = np.concatenate(channels, axis=1) if channels else ()
+        found[name] = LayerRanges(
+            chosen_range(np.concatenate(samples[name, "read"]), levels, plan),
+            chosen_range(np.concatenate(samples[name, "written"]), 256, plan),
+            tuple(chosen_range(row, levels, plan) for row in rows),
+            largest_weight(weight_bits),
+            levels,
         )
-        for name in layers
-    }
+    return found
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """True for a convolution in which an output channel reads one input channel alone, its own."""
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels
+
+
+def largest_weight(bits: int) -> int:
+    """Largest integer of symmetric weights of a bit-width: 127 of 8 bits, 7 of 4, 1 of 2."""
+    return int(2 ** (min(bits, 8) - 1) - 1)
+
+
+def chosen_range(values: NDArray[np.float32], levels: int, plan: QuantizationPlan) -> Range:
+    """The range of `values`, 0 included, as the plan says."""
+    if plan.ranges == "mse":
+        return best_range(values, levels)
+    kept = plan.percentile if plan.ranges == "percentile" else 100.0
+    low, high = (float(np.percentile(values, q)) for q in (100.0 - kept, kept))
+    low, high = min(low, 0.0), max(high, 0.0)
+    return Range(low, high) if high - low >= 1e-12 else Range(0.0, 1e-6)
 
 
 def best_range(values: NDArray[np.float32], levels: int = 256) -> Range:
@@ -87,7 +172,8 @@ def best_range(values: NDArray[np.float32], levels: int = 256) -> Range:
     far = max(-low, high) / 2
     spans = [(low * (clip if -low > far else 1), high * (clip if high > far else 1)) for clip in CLIPS]
     errors = [_error(values, *span, levels) for span in spans]
-    return Range(*spans[int(np.argmin(errors))])
+    low, high = spans[int(np.argmin(errors))]
+    return Range(float(low), float(high))
 
 
 def _error(values: NDArray[np.float32], low: float, high: float, levels: int) -> float:

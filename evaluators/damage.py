@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from evaluators.bench import Bench
 from evaluators.calibration import LayerRanges
 from evaluators.finetune import measure_norms
-from evaluators.precision import weight_scales
+from evaluators.rounding import round_layer
+from evaluators.signature import int8_weight_levels
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
 from spaces.lowrank import by_part
@@ -82,14 +83,4 @@ def _round(layer: nn.Module, width: int, ranges: LayerRanges | None) -> None:
         weight.data = weight.data.to(torch.bfloat16).float()
         layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(torch.bfloat16).float(),))
         return
-    scales = torch.from_numpy(weight_scales(weight.detach().numpy()))
-    shape = (-1,) + (1,) * (weight.dim() - 1)
-    rounded = (weight.data / scales.view(shape)).round().clamp(-127, 127)
-    weight.data = rounded * scales.view(shape)
-    low, high = ranges.read.low, ranges.read.high
-    step = (high - low) / 255
-
-    def round_input(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-        return ((inputs[0].clamp(low, high) / step).round() * step,)
-
-    layer.register_forward_pre_hook(round_input)
+    round_layer(layer, ranges, int8_weight_levels())

@@ -38,7 +38,8 @@ class OpenVino(OnnxTarget):
         """What the plugin reports for this CPU: where it has no bfloat16, that would run as float32."""
         able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         widths = {32: "FP32", 16: "BF16", 8: "INT8"}
-        return Capabilities(tuple(bits for bits, kind in widths.items() if kind in able), channel_granule=8)
+        native = tuple(bits for bits, kind in widths.items() if kind in able)
+        return Capabilities(native, channel_granule=8, depthwise_by_channel=True)
 
     def signature(self, threads: int) -> dict[str, Any]:
         """Machine, engine and version, threads; precision hints are each file's own."""

@@ -1,0 +1,50 @@
+"""Small steps that every rewriting of an exported graph is made of."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+
+def constant(graph: onnx.ModelProto, name: str, value: NDArray[np.generic]) -> str:
+    """Store a constant under a name, once; the name."""
+    if not any(tensor.name == name for tensor in graph.graph.initializer):
+        graph.graph.initializer.append(numpy_helper.from_array(value, name))
+    return name
+
+
+def copied(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy to change."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)
+    return copy
+
+
+def replace_nodes(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    """Put nodes, old and new ones, in the place of all; types of inner tensors are forgotten."""
+    fresh = [_duplicate(node) for node in nodes]
+    del graph.graph.node[:]
+    graph.graph.node.extend(fresh)
+    del graph.graph.value_info[:]
+
+
+def _duplicate(node: onnx.NodeProto) -> onnx.NodeProto:
+    copied = onnx.NodeProto()
+    copied.CopyFrom(node)
+    return copied
+
+
+def without_unread(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Drop constants that nothing reads any more: they would count as size on disk."""
+    read = {name for node in graph.graph.node for name in node.input}
+    kept = [tensor for tensor in graph.graph.initializer if tensor.name in read]
+    copies = []
+    for tensor in kept:
+        copied = onnx.TensorProto()
+        copied.CopyFrom(tensor)
+        copies.append(copied)
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(copies)
+    return graph
