@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spaces.detectors.base import Labels, Outputs, Preprocess
+from spaces.detectors.base import Labels, Outputs, Postprocess, Preprocess
 from spaces.detectors.faster_rcnn_loss import FasterRCNNLoss
 from spaces.detectors.faster_rcnn_network import BOX_WEIGHTS, FasterRCNNNetwork, decoded
 from spaces.detectors.faster_rcnn_variants import Variant
@@ -36,6 +36,8 @@ class FasterRCNN:
 
     multi_label = True
     """A proposal has a box and a score of its own for each class, and each may become a detection."""
+
+    postprocess = Postprocess(nms_iou=0.5)
 
     def __init__(self, name: str, num_classes: int, size: tuple[int, int], variant: Variant) -> None:
         if num_classes < 1:
@@ -73,6 +75,11 @@ class FasterRCNN:
             for name, _ in network.named_modules()
             if name.startswith(heads) and name.rpartition(".")[2] in names
         )
+
+    def class_layers(self) -> dict[str, tuple[int, int]]:
+        """The box head's last layers: one output a class, and four."""
+        predictor = "roi_heads.box_predictor"
+        return {f"{predictor}.cls_score": (1, 1), f"{predictor}.bbox_pred": (1, 4)}
 
     def block_of(self, layer: str) -> str:
         """`stem`, `body.4` or `layer1.0` ..., `fpn.0` ..., `rpn`, `box_head` or `box_predictor`."""
