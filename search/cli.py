@@ -18,6 +18,7 @@ import typer
 from search.commands.benchmark import benchmark
 from search.commands.dashboard import dashboard
 from search.commands.evaluate import evaluate
+from search.commands.explain import explain
 from search.commands.finish import finish
 from search.commands.front import show_front
 from search.commands.init import init
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 app.command("search")(search)
 app.command("front")(show_front)
+app.command("explain")(explain)
 app.command("evaluate")(evaluate)
 app.command("finish")(finish)
 app.command("dashboard")(dashboard)

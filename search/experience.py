@@ -9,13 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
-from search.knowledge import Finished, figures_of
+from search.knowledge import Finished, LossModel, figures_of, fit_loss
 from search.trials import rung_maps
 from spaces.table import Options, SpaceTable
 
 FEW = 3
 """With fewer finished trials that passed a rung, what training brings behind it is a guess."""
 GUESSED_SHARE = 0.5
+CENSORED = 0.5
+"""Weight of a stopped trial in the fit of losses: what it would have ended with is an estimate."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,28 @@ class Experience:
             share = float(np.clip(np.median(shares), 0.0, 1.0)) if len(shares) >= FEW else GUESSED_SHARE
             expected.append(base_map - share * max(base_map - at_rung, 0.0))
         return np.array(expected, float)
+
+
+def believed_loss(
+    table: SpaceTable, damage: NDArray[np.float64], experience: Experience
+) -> tuple[LossModel, float]:
+    """The model of losses fitted to finished and stopped trials, and the mAP that losses count from.
+
+    Args:
+        table: of the space.
+        damage: `(P, O)` of single options.
+        experience: with at least one finished trial.
+    """
+    finished = experience.finished
+    base_map = float(finished.map[~finished.options.any(axis=1)].max(initial=finished.map.max()))
+    expected = experience.expected_maps(base_map)
+    known = Finished(
+        np.concatenate([finished.options, experience.stopped]),
+        np.concatenate([finished.map, expected]),
+        np.concatenate([finished.ratio, np.full(len(expected), np.nan)]),
+    )
+    trust = np.concatenate([np.ones(len(finished.map)), np.full(len(expected), CENSORED)])
+    return fit_loss(table, damage, known, base_map, trust), base_map
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from optuna.trial import FrozenTrial
 
 from evaluators.latency_model import LatencyModel
 from evaluators.ranking import front
-from search.experience import Experience, ExperienceReader
-from search.knowledge import Finished, fit_loss
+from search.experience import Experience, ExperienceReader, believed_loss
+from search.knowledge import Finished
 from search.seeds import uniform_starts
 from search.solver import damage_path
 from spaces.table import SpaceTable
@@ -27,8 +27,6 @@ MUTATIONS = 0.4
 """Share of proposals that mutate a member of the front; the others are solved for."""
 ATTEMPTS = 40
 """At a proposal that differs from all there are; a small space may have none left."""
-CENSORED = 0.5
-"""Weight of a stopped trial in the fit of losses: what it would have ended with is an estimate."""
 LARGEST_LOSS = 6.0
 """AP points that are worth looking at where no limit says less."""
 
@@ -106,15 +104,8 @@ class FrontSampler(BaseSampler):
 
     def _view(self, experience: Experience) -> _View:
         finished, rows = experience.finished, np.arange(len(self._table.names))
-        base_map = float(finished.map[~finished.options.any(axis=1)].max(initial=finished.map.max()))
-        expected = experience.expected_maps(base_map)
-        known = Finished(
-            np.concatenate([finished.options, experience.stopped]),
-            np.concatenate([finished.map, expected]),
-            np.concatenate([finished.ratio, np.full(len(expected), np.nan)]),
-        )
-        trust = np.concatenate([np.ones(len(finished.map)), np.full(len(expected), CENSORED)])
-        loss = fit_loss(self._table, self._damage, known, base_map, trust).loss
+        believed, base_map = believed_loss(self._table, self._damage, experience)
+        loss = believed.loss
         model = self._relearn(finished)
         measured = np.stack([-finished.map, finished.ratio], axis=1)
         predicted = np.stack(
