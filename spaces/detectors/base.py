@@ -67,6 +67,17 @@ class Detector(Protocol):
 
     Networks are plain modules: `network(images)` takes `(N, 3, H, W)` float32 and returns raw head
     outputs, a tuple of tensors with N first, the same in training and evaluation mode, traceable.
+
+    Three more attributes are looked for, and may be missing:
+
+    - `multi_label: bool`, True where every pair of a box and a class may become a detection, as in
+      torchvision's families; otherwise a box has one label, that of its best class. Boxes may then be
+      `(N, A, C, 4)`, one for each class.
+    - `postprocess: Postprocess`, what the family's scores ask for; `Postprocess()` where it is missing. A
+      configuration's own wins.
+    - `class_layers() -> Mapping[str, tuple[int, int]]`, the layers whose output channels are
+      `(outer, classes, inner)` in that order, background first among the classes, by name, with outer and
+      inner. The classes of a data set can then be taken out of weights that were trained on more.
     """
 
     name: str
@@ -107,3 +118,9 @@ class Detector(Protocol):
         Module names of the layers that `spaces.sites` names are kept.
         """
         ...
+
+
+def postprocess_of(detector: Detector, given: Postprocess | None = None) -> Postprocess:
+    """`given` by a configuration, else the detector's own, else the usual one."""
+    own: Postprocess = getattr(detector, "postprocess", Postprocess())
+    return own if given is None else given

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import partial
 
 from spaces.detectors.base import Detector
+from spaces.detectors.faster_rcnn import FasterRCNN
+from spaces.detectors.faster_rcnn_variants import DIGITS, MOBILENET_320, RESNET50, RESNET50_V2, Variant
+from spaces.detectors.own import own_detector
+from spaces.detectors.ssd import Ssd300, SsdLite
 from spaces.detectors.yolox import YoloX
 from spaces.errors import InputError
 
@@ -18,8 +21,22 @@ def _yolox(side: int, depth: float, width: float, depthwise: bool = False) -> tu
     return partial(YoloX, depth=depth, width=width, depthwise=depthwise), (side, side)
 
 
+def _faster_rcnn(side: int, variant: Variant) -> tuple[Factory, tuple[int, int]]:
+    return partial(FasterRCNN, variant=variant), (side, side)
+
+
+# Digits are smaller than what COCO's default boxes are made for.
+_DIGITS_SCALES = (0.09, 0.18, 0.33, 0.5, 0.65, 0.8, 1.0)
+
 # Name -> how it is made, and the size that it is made for. A new detector is one line here.
 DETECTORS: dict[str, tuple[Factory, tuple[int, int]]] = {
+    "ssd300_vgg16": (Ssd300, (300, 300)),
+    "ssdlite320_mobilenet_v3_large": (SsdLite, (320, 320)),
+    "ssdlite_digits": (partial(SsdLite, scales=_DIGITS_SCALES), (224, 224)),
+    "fasterrcnn_digits": _faster_rcnn(160, DIGITS),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": _faster_rcnn(320, MOBILENET_320),
+    "fasterrcnn_resnet50_fpn": _faster_rcnn(800, RESNET50),
+    "fasterrcnn_resnet50_fpn_v2": _faster_rcnn(800, RESNET50_V2),
     "yolox_digits": _yolox(160, 0.33, 0.1875),
     "yolox_nano": _yolox(416, 0.33, 0.25, depthwise=True),
     "yolox_tiny": _yolox(416, 0.33, 0.375),
@@ -34,8 +51,8 @@ def make_detector(name: str, num_classes: int, size: tuple[int, int] | None = No
     """The detector of that name for a data set of `num_classes` categories.
 
     Args:
-        name: one of `DETECTORS`, or `package.module:Class` of a user, called with `name`, `num_classes`
-            and, where one is given, `size`.
+        name: one of `DETECTORS`, or `package.module:Class` or `file.py:Class` of a user, called with
+            `name`, `num_classes` and, where one is given, `size`.
         num_classes: number of categories.
         size: height and width of the input in pixels; that of the published weights if None.
 
@@ -47,21 +64,6 @@ def make_detector(name: str, num_classes: int, size: tuple[int, int] | None = No
         return factory(name=name, num_classes=num_classes, size=size or usual)
     if ":" not in name:
         known = ", ".join(DETECTORS)
-        raise InputError("model", name, f"unknown; choose one of {known}, or package.module:Class")
-    options = {} if size is None else {"size": size}
-    detector = _imported(name)(name=name, num_classes=num_classes, **options)
-    if not isinstance(detector, Detector):
-        raise InputError("model", name, "does not implement spaces.detectors.base.Detector")
-    return detector
-
-
-def _imported(name: str) -> Factory:
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError("model", name, f"cannot be imported ({error})") from None
-    if not callable(found):
-        raise InputError("model", name, "is no class")
-    factory: Factory = found
-    return factory
+        remedy = f"unknown; choose one of {known}, package.module:Class or file.py:Class"
+        raise InputError("model", name, remedy)
+    return own_detector(name, num_classes, size)
