@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from evaluators.bench import BenchConfig
 from evaluators.ranking import Problem
+from spaces.detectors.own import located
 from spaces.errors import InputError
 
 _LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
@@ -72,6 +73,8 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Searc
     for field in _PATHS:
         _resolve(document, field, path.parent)
     _resolve_target(document, path.parent)
+    if isinstance(document.get("model"), str):
+        document["model"] = located(document["model"], path.parent)
     document.setdefault("name", path.stem)
     changes = dict(overrides or {})
     if document.get("checkpoint", changes.get("checkpoint")) is None:

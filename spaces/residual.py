@@ -99,10 +99,10 @@ def _shares(network: nn.Module, name: str) -> bool:
 def _gives_back(block: nn.Module, read: Tensor) -> bool:
     """True where a block without weights is the identity on what it reads."""
     silent = copy.deepcopy(block).eval()
-    state = dict(silent.named_parameters())
+    state: list[Tensor] = list(silent.parameters())
     # Frozen norms hold scale and shift as buffers.
-    state |= {n: b for n, b in silent.named_buffers() if n.rpartition(".")[2] in ("weight", "bias")}
+    state += [b for n, b in silent.named_buffers() if n.rpartition(".")[2] in ("weight", "bias")]
     with torch.no_grad():
-        for tensor in state.values():
+        for tensor in state:
             tensor.zero_()
         return bool(read.any()) and bool(torch.equal(silent(read.clone()), read))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -29,20 +29,24 @@ def fold_norms(network: nn.Module) -> None:
         if isinstance(module, Factors):
             continue
         for (name, layer), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
-            norms = isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
             if (
-                norms
-                and isinstance(layer, nn.Conv2d | Factors)
-                and _produced(layer) == len(norm.running_mean)
+                isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
+                and _produced(layer) == _channels(norm) > 0
             ):
                 module.register_module(name, fold(layer, norm))
                 module.register_module(norm_name, nn.Identity())
 
 
 def _produced(layer: nn.Module) -> int:
-    """Channels that a layer puts out; a norm of others stands behind another layer."""
+    """Channels that a convolution puts out, 0 for anything else."""
     last = layer[-1] if isinstance(layer, Factors) else layer
-    return int(last.weight.shape[0])
+    return last.out_channels if isinstance(last, nn.Conv2d) else 0
+
+
+def _channels(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> int:
+    """Channels of a norm; one of others than the layer registered before it runs behind another layer."""
+    mean = norm.running_mean
+    return len(mean) if isinstance(mean, Tensor) else 0
 
 
 def fold(layer: nn.Module, norm: nn.Module) -> nn.Module:

@@ -1,0 +1,105 @@
+"""Detectors of users: classes found by `package.module:Class` or `path/of/file.py:Class`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from spaces.detectors.base import Detector
+from spaces.errors import InputError
+
+MEMBERS = (*Detector.__annotations__, *(name for name in vars(Detector) if not name.startswith("_")))
+
+
+def own_detector(name: str, num_classes: int, size: tuple[int, int] | None) -> Detector:
+    """Make a detector of a class that is not ours.
+
+    Its recipes carry its name: `package.module:Class`, or `file:Class` without the folder, so that studies
+    can move with their file.
+
+    Args:
+        name: of the class, as in a configuration.
+        num_classes: number of categories.
+        size: height and width of the input in pixels; None leaves it to the class.
+
+    Raises:
+        InputError: the class cannot be imported, cannot be called so, or is no detector.
+    """
+    factory = _imported(name)
+    place, _, attribute = name.rpartition(":")
+    shown = f"{Path(place).stem}:{attribute}" if place.endswith(".py") else name
+    options: dict[str, Any] = {} if size is None else {"size": size}
+    try:
+        detector = factory(name=shown, num_classes=num_classes, **options)
+    except TypeError as error:
+        wanted = "name, num_classes" + ("" if size is None else ", size")
+        raise InputError("model", name, f"must take the keywords {wanted} ({error})") from error
+    missing = [member for member in MEMBERS if not hasattr(detector, member)]
+    if missing:
+        raise InputError("model", name, f"is no Detector; it lacks {', '.join(missing)}")
+    found: Detector = detector
+    return found
+
+
+def located(name: str, folder: Path) -> str:
+    """A name with its file, if any, as an absolute path: in `folder`, else in the working directory."""
+    place, _, attribute = name.rpartition(":")
+    if not place.endswith(".py"):
+        return name
+    beside = folder / Path(place).expanduser()
+    found = beside if beside.is_file() else Path(place).expanduser()
+    return f"{found.absolute()}:{attribute}"
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    place, _, attribute = name.rpartition(":")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else _from_path(place)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's code raises while it is imported
+        cause = str(error).splitlines()[0] if str(error) else ""
+        raise InputError("model", name, f"cannot be imported ({type(error).__name__}: {cause})") from error
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        raise InputError("model", name, f"cannot be imported ({place} has no class {attribute!r})")
+    factory: Callable[..., Any] = found
+    return factory
+
+
+def _from_path(module: str) -> ModuleType:
+    """Import by name; the working directory counts, as it does for `python -m`, in every process."""
+    here = os.getcwd()
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    return importlib.import_module(module)
+
+
+def _from_file(file: Path) -> ModuleType:
+    """Import a file once; what lies beside it can be imported, too."""
+    file = file.expanduser().absolute()
+    if not file.is_file():
+        raise InputError("model", str(file), "no such file")
+    name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, file)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    sys.modules[name] = module  # dataclasses look their module up while it is made
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
