@@ -24,7 +24,7 @@ from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.postprocess import WholeDetector
 from evaluators.torch_session import TorchSession
 from evaluators.training import EpochReport, TrainingPlan, train
-from spaces.detectors.base import Postprocess
+from spaces.detectors.base import Postprocess, postprocess_of
 from spaces.detectors.own import located
 from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights, save_weights
@@ -45,7 +45,7 @@ class BaselineConfig(BaseModel):
     data: DataConfig
     plan: TrainingPlan
     further: TrainingPlan | None = None
-    postprocess: Postprocess = Postprocess()
+    postprocess: Postprocess | None = None
 
     @staticmethod
     def read(path: Path) -> BaselineConfig:
@@ -91,7 +91,7 @@ def train_baseline(
     """
     splits = load_splits(config.data)
     detector = make_detector(config.model, len(splits["fit"].categories), config.size)
-    look = detector.preprocess
+    look, rules = detector.preprocess, postprocess_of(detector, config.postprocess)
     images = {
         role: LetterboxedImages.build(split, look.size, look.pad_value, folder / "cache")
         for role, split in splits.items()
@@ -102,9 +102,7 @@ def train_baseline(
         load_weights(network, start)
 
     def figures(role: str, network: nn.Module) -> dict[str, float]:
-        whole = WholeDetector(
-            detector.simplified(network), detector, config.postprocess, splits[role].categories
-        )
+        whole = WholeDetector(detector.simplified(network), detector, rules, splits[role].categories)
         return score_session(TorchSession(whole), splits[role], images[role], look)[0]
 
     def report(epoch: EpochReport, average: nn.Module) -> None:

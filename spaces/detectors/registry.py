@@ -6,7 +6,10 @@ from collections.abc import Callable
 from functools import partial
 
 from spaces.detectors.base import Detector
+from spaces.detectors.faster_rcnn import FasterRCNN
+from spaces.detectors.faster_rcnn_variants import DIGITS, MOBILENET_320, RESNET50, RESNET50_V2, Variant
 from spaces.detectors.own import own_detector
+from spaces.detectors.ssd import Ssd300, SsdLite
 from spaces.detectors.yolox import YoloX
 from spaces.errors import InputError
 
@@ -18,8 +21,22 @@ def _yolox(side: int, depth: float, width: float, depthwise: bool = False) -> tu
     return partial(YoloX, depth=depth, width=width, depthwise=depthwise), (side, side)
 
 
+def _faster_rcnn(side: int, variant: Variant) -> tuple[Factory, tuple[int, int]]:
+    return partial(FasterRCNN, variant=variant), (side, side)
+
+
+# Digits are smaller than what COCO's default boxes are made for.
+_DIGITS_SCALES = (0.09, 0.18, 0.33, 0.5, 0.65, 0.8, 1.0)
+
 # Name -> how it is made, and the size that it is made for. A new detector is one line here.
 DETECTORS: dict[str, tuple[Factory, tuple[int, int]]] = {
+    "ssd300_vgg16": (Ssd300, (300, 300)),
+    "ssdlite320_mobilenet_v3_large": (SsdLite, (320, 320)),
+    "ssdlite_digits": (partial(SsdLite, scales=_DIGITS_SCALES), (224, 224)),
+    "fasterrcnn_digits": _faster_rcnn(160, DIGITS),
+    "fasterrcnn_mobilenet_v3_large_320_fpn": _faster_rcnn(320, MOBILENET_320),
+    "fasterrcnn_resnet50_fpn": _faster_rcnn(800, RESNET50),
+    "fasterrcnn_resnet50_fpn_v2": _faster_rcnn(800, RESNET50_V2),
     "yolox_digits": _yolox(160, 0.33, 0.1875),
     "yolox_nano": _yolox(416, 0.33, 0.25, depthwise=True),
     "yolox_tiny": _yolox(416, 0.33, 0.375),
