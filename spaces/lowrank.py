@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -59,47 +59,47 @@ def shaped(layer: nn.Conv2d | nn.Linear, plan: Factored) -> Factors:
 def _linear(layer: nn.Linear, plan: Factored) -> list[nn.Module]:
     (rank,) = plan.ranks
     return [
-        skip_init(nn.Linear, layer.in_features, rank, bias=False),
-        skip_init(nn.Linear, rank, layer.out_features, bias=layer.bias is not None),
+        _empty(nn.Linear, layer.in_features, rank, bias=False),
+        _empty(nn.Linear, rank, layer.out_features, bias=layer.bias is not None),
     ]
 
 
 def _convs(conv: nn.Conv2d, plan: Factored) -> list[nn.Module]:
     inputs, outputs, bias = conv.in_channels, conv.out_channels, conv.bias is not None
-    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    padding = (conv.padding, conv.padding) if isinstance(conv.padding, str) else conv.padding
+    mode, (stride_y, stride_x), (step_y, step_x) = conv.padding_mode, conv.stride, conv.dilation
+    if plan.kind == "tucker":
+        rank_in, rank_out = plan.ranks
+        core = (rank_in, rank_out, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        parts: list[nn.Module] = []
+        if rank_in < inputs:
+            parts.append(_empty(nn.Conv2d, inputs, rank_in, 1, bias=False))
+        parts.append(_empty(nn.Conv2d, *core, bias=bias and rank_out == outputs, padding_mode=mode))
+        if rank_out < outputs:
+            parts.append(_empty(nn.Conv2d, rank_out, outputs, 1, bias=bias))
+        return parts
+    (rank,) = plan.ranks
     if plan.kind == "svd":
-        (rank,) = plan.ranks
-        first = skip_init(
-            nn.Conv2d, inputs, rank, 1, stride, conv.padding, bias=False, padding_mode=conv.padding_mode
-        )
-        return [first, skip_init(nn.Conv2d, rank, outputs, 1, bias=bias)]
-    if plan.kind == "split":
-        (rank,) = plan.ranks
-        tall, wide = (
-            (padding[0], padding[1]) if isinstance(conv.padding, str) else ((padding[0], 0), (0, padding[1]))
-        )
-        first = skip_init(
-            nn.Conv2d, inputs, rank, (kernel[0], 1), (stride[0], 1), tall, (dilation[0], 1),
-            bias=False, padding_mode=conv.padding_mode,
-        )  # fmt: skip
-        second = skip_init(
-            nn.Conv2d, rank, outputs, (1, kernel[1]), (1, stride[1]), wide, (1, dilation[1]),
-            bias=bias, padding_mode=conv.padding_mode,
-        )  # fmt: skip
-        return [first, second]
-    rank_in, rank_out = plan.ranks
-    parts: list[nn.Module] = []
-    if rank_in < inputs:
-        parts.append(skip_init(nn.Conv2d, inputs, rank_in, 1, bias=False))
-    core = skip_init(
-        nn.Conv2d, rank_in, rank_out, kernel, stride, conv.padding, dilation,
-        bias=bias and rank_out == outputs, padding_mode=conv.padding_mode,
-    )  # fmt: skip
-    parts.append(core)
-    if rank_out < outputs:
-        parts.append(skip_init(nn.Conv2d, rank_out, outputs, 1, bias=bias))
-    return parts
+        first = _empty(nn.Conv2d, inputs, rank, 1, conv.stride, conv.padding, bias=False, padding_mode=mode)
+        return [first, _empty(nn.Conv2d, rank, outputs, 1, bias=bias)]
+    tall, wide = conv.kernel_size
+    above: str | tuple[int, int]
+    beside: str | tuple[int, int]
+    if isinstance(conv.padding, str):
+        above = beside = conv.padding
+    else:
+        above, beside = (conv.padding[0], 0), (0, conv.padding[1])
+    vertical = (inputs, rank, (tall, 1), (stride_y, 1), above, (step_y, 1))
+    horizontal = (rank, outputs, (1, wide), (1, stride_x), beside, (1, step_x))
+    return [
+        _empty(nn.Conv2d, *vertical, bias=False, padding_mode=mode),
+        _empty(nn.Conv2d, *horizontal, bias=bias, padding_mode=mode),
+    ]
+
+
+def _empty(kind: type[nn.Module], *arguments: Any, **settings: Any) -> nn.Module:
+    """A layer whose weights are not set, so that no random numbers are drawn."""
+    made: nn.Module = skip_init(kind, *arguments, **settings)  # type: ignore[no-untyped-call]
+    return made
 
 
 def factorised(layer: nn.Conv2d | nn.Linear, plan: Factored) -> Factors:
@@ -125,7 +125,9 @@ def factorised(layer: nn.Conv2d | nn.Linear, plan: Factored) -> Factors:
         weights += [core]
         weights += [out] if plan.ranks[1] < weight.shape[0] else []
     for module, values in zip(factors, weights, strict=True):
-        module.weight.data.copy_(values.reshape(module.weight.shape))
+        made = module.weight
+        assert isinstance(made, nn.Parameter)
+        made.data.copy_(values.reshape(made.shape))
     return factors
 
 

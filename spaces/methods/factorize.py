@@ -33,7 +33,7 @@ class Factorization:
 
         Sites without any are left out.
         """
-        offered = {}
+        offered: dict[str, tuple[Choice, ...]] = {}
         for name in sites.layer:
             choices = [Factorize(site=name, rank_ratio=1.0, multiple=capabilities.channel_granule)]
             last = _base_ranks(choices[0], sites)
