@@ -18,6 +18,40 @@ WIDTHS = (32, 16, 8)
 
 
 @dataclass(frozen=True)
+class Reach:
+    """The region that the recipes of a fit cover.
+
+    A recipe x lies outside where its leverage x' (X'X)^-1 x is above the largest one of the fit: hidden
+    extrapolation (Montgomery, Peck and Vining, Introduction to Linear Regression Analysis, 5th ed., 2012,
+    section 3.8). It may be inside the range of each feature and still mix them as nothing did before.
+
+    Attributes:
+        inverse: `(F, F)` of X'X, X the features of the fit, slightly shrunk.
+        largest: leverage in the fit.
+    """
+
+    inverse: NDArray[np.float64]
+    largest: float
+
+    @staticmethod
+    def of(matrix: NDArray[np.float64]) -> Reach:
+        """The reach of features `(N, F)`."""
+        gram = matrix.T @ matrix + RIDGE * len(matrix) * np.eye(matrix.shape[1])
+        inverse: NDArray[np.float64] = np.linalg.inv(gram).astype(np.float64)
+        return Reach(inverse, float(_leverage(matrix, inverse).max()))
+
+    def left_by(self, matrix: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """Which of the features `(N, F)` lie outside."""
+        outside: NDArray[np.bool_] = _leverage(matrix, self.inverse) > self.largest * (1 + 1e-9)
+        return outside
+
+
+def _leverage(matrix: NDArray[np.float64], inverse: NDArray[np.float64]) -> NDArray[np.float64]:
+    leverage: NDArray[np.float64] = np.einsum("nf,fg,ng->n", matrix, inverse, matrix)
+    return leverage
+
+
+@dataclass(frozen=True)
 class LatencyModel:
     """`ratio = features @ weights`, all weights >= 0.
 
@@ -26,11 +60,13 @@ class LatencyModel:
         weights: `(F,)`, in ratio to the base's latency.
         error: median relative error on the recipes of the fit, each left out once; NaN where it was not
             looked at.
+        reach: what `extrapolates` compares with; None where it is not known.
     """
 
     table: SpaceTable
     weights: NDArray[np.float64]
     error: float
+    reach: Reach | None = None
 
     def predict(self, options: Options) -> NDArray[np.float64]:
         """Latency ratios `(N,)` to the base."""
@@ -39,6 +75,13 @@ class LatencyModel:
     def of(self, shapes: Shapes) -> NDArray[np.float64]:
         """Latency ratios `(N,)` of recipes given by their shapes."""
         return features(self.table, shapes) @ self.weights
+
+    def extrapolates(self, options: Options) -> NDArray[np.bool_]:
+        """`(N,)`, True for recipes unlike all those of the fit: what is predicted there is a guess."""
+        matrix = features(self.table, self.table.shapes(options))
+        if self.reach is None:
+            return np.ones(len(matrix), dtype=bool)
+        return self.reach.left_by(matrix)
 
     def by_layer(
         self, shapes: Shapes, before: NDArray[np.int64], layers: NDArray[np.int64]
@@ -129,14 +172,12 @@ def fit_latency(table: SpaceTable, options: Options, ratios: NDArray[np.float64]
         others = np.arange(len(ratios)) != k
         predicted = float(matrix[k] @ _solve(matrix[others], ratios[others]))
         errors.append(abs(predicted / ratios[k] - 1))
-    return LatencyModel(table, weights, float(np.median(errors)))
+    return LatencyModel(table, weights, float(np.median(errors)), Reach.of(matrix))
 
 
-def fit_features(
-    table: SpaceTable, matrix: NDArray[np.float64], ratios: NDArray[np.float64]
-) -> LatencyModel:
+def fit_features(table: SpaceTable, matrix: NDArray[np.float64], ratios: NDArray[np.float64]) -> LatencyModel:
     """`fit_latency` for recipes whose features `(N, F)` are known, without looking at its error."""
-    return LatencyModel(table, _solve(matrix, ratios), float("nan"))
+    return LatencyModel(table, _solve(matrix, ratios), float("nan"), Reach.of(matrix))
 
 
 def _solve(matrix: NDArray[np.float64], ratios: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from search.commands.measure import evaluate_profile, latency, predict, roofline
 from search.commands.options import (
     DEFAULT_STORAGE,
     Checkpoint,
@@ -31,6 +32,10 @@ def _group() -> None:
     """Reproduce the published comparisons."""
 
 
+benchmark.command("latency")(latency)
+benchmark.command("predict")(predict)
+benchmark.command("evaluate")(evaluate_profile)
+benchmark.command("roofline")(roofline)
 benchmark.command("gather")(gather)
 benchmark.command("search")(replay_search)
 

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from evaluators.latency_model import LatencyModel, features, fit_latency
+from evaluators.latency_model import LatencyModel, Reach, features, fit_latency
 from spaces.capabilities import Capabilities
 from spaces.detectors.yolox import YoloX
 from spaces.sites import find_sites
@@ -94,3 +94,23 @@ def test_its_error_is_that_of_recipes_left_out(yolox: SpaceTable) -> None:
         without = fit_latency(yolox, options[others], ratios[others])
         errors.append(abs(without.predict(options[[k]])[0] / ratios[k] - 1))
     assert fit_latency(yolox, options, ratios).error == pytest.approx(float(np.median(errors)), abs=1e-9)
+
+
+def test_it_says_when_it_extrapolates(yolox: SpaceTable) -> None:
+    random = np.random.default_rng(6)
+    mild = np.where(random.random((40, len(yolox.sizes))) < 0.2, 1, 0)
+    model = fit_latency(yolox, mild, np.ones(40))
+    assert not model.extrapolates(mild).any()
+    assert model.extrapolates(yolox.sizes[None] - 1).all(), "everything at its strongest is far away"
+    alike = np.where(random.random((200, len(yolox.sizes))) < 0.2, 1, 0)
+    assert model.extrapolates(alike).mean() < 0.1
+    assert LatencyModel(yolox, model.weights, 0.0).extrapolates(mild).all(), "where nothing is known"
+
+
+def test_reach_by_hand() -> None:
+    # (X'X) is 8, 8 on the diagonal and 0 beside it, up to the ridge: leverages (a^2 + b^2) / 8, at most 1/2.
+    corners = np.array([[2.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [0.0, -2.0]])
+    reach = Reach.of(corners)
+    assert reach.largest == pytest.approx(0.5, rel=0.01)
+    points = np.array([[1.4, 1.4], [1.5, 1.5], [0.0, 0.0], [2.1, 0.0]])
+    assert reach.left_by(points).tolist() == [False, True, False, True]

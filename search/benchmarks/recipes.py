@@ -1,0 +1,120 @@
+"""Random recipes, exported without training and timed: what latency models and rooflines are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluators.bench import Bench
+from evaluators.latency import PairedLatency, measure_pair
+from evaluators.latency_model import LatencyModel
+from evaluators.targets.base import Session
+from search.strategy import probe_recipes
+from spaces.apply import apply
+from spaces.recipe import Recipe
+from spaces.space import bits_by_layer
+from spaces.table import Options, SpaceTable
+
+POOL = 600
+RANGE = 4.0
+"""Slowest over fastest of the recipes that a model is tested on."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A recipe's file, loaded.
+
+    Attributes:
+        recipe: what was done to the base.
+        file: in the form of the bench's target.
+        session: that serves it.
+    """
+
+    recipe: Recipe
+    file: Path
+    session: Session
+
+
+def exported(bench: Bench, recipe: Recipe, folder: Path) -> Exported:
+    """Carry a recipe out on the base, without training, and load the file."""
+    with bench.slot.computing():
+        draft = apply(bench.base, recipe, bench.sites)  # which channels go makes no difference to the time
+        file, card = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
+        session = bench.target.prepare(file, bench.config.threads, card.runtime.hint)
+    return Exported(recipe, file, session)
+
+
+def timed(bench: Bench, session: Session, base: Session) -> PairedLatency:
+    """Time a session against the base as trials are timed, while the machine is quiet."""
+    settings = bench.config.latency
+    with bench.slot.quiet():
+        return measure_pair(
+            session,
+            base,
+            bench.timing_inputs,
+            threads=bench.config.threads,
+            min_rounds=settings.min_rounds,
+            max_rounds=settings.max_rounds,
+            target_spread=settings.target_spread,
+            time_limit_s=settings.time_limit_s,
+        )
+
+
+def measured(
+    bench: Bench, recipes: Sequence[Recipe], folder: Path, say: Callable[[str], None]
+) -> Iterator[tuple[Exported, PairedLatency]]:
+    """Each recipe with its latency, one after another; files stay until the next one is asked for."""
+    base = exported(bench, bench.identity, folder / "base").session
+    for count, recipe in enumerate(recipes, start=1):
+        made = exported(bench, recipe, folder / "recipe")
+        found = timed(bench, made.session, base)
+        say(f"  {count}/{len(recipes)}: {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]")
+        yield made, found
+
+
+def options_of(table: SpaceTable, recipes: Sequence[Recipe]) -> Options:
+    """Positions `(N, P)` of recipes in a space."""
+    return table.options([table.space.params(recipe) for recipe in recipes])
+
+
+def unseen_recipes(
+    table: SpaceTable, model: LatencyModel, count: int, seed: int, seen: Sequence[Recipe]
+) -> list[Recipe]:
+    """Recipes that a model was not fitted on, spread evenly over a range of latencies.
+
+    Of a pool of random ones, half of them at one bit-width and half of mixed precision, those are taken
+    that lie nearest to even steps of the logarithm of the predicted ratio, from the base's down to
+    1 / `RANGE` of it or as far as the pool goes.
+    """
+    known = {recipe.key for recipe in seen}
+    pool = [recipe for recipe in probe_recipes(table, POOL, seed) if recipe.key not in known]
+    pool = list({recipe.key: recipe for recipe in pool}.values())
+    options = options_of(table, pool)
+    kinds = table.shapes(options).bits
+    mixed = np.array([len(set(row)) > 1 for row in kinds.tolist()])
+    predicted = np.log(model.predict(options))
+    picked: list[int] = []
+    halves = [np.flatnonzero(mixed), np.flatnonzero(~mixed)]
+    sizes = [count // 2, count - count // 2]
+    for places, size in zip(halves, sizes, strict=True):
+        picked += _nearest_to_steps(predicted, places, size)
+    return [pool[k] for k in picked]
+
+
+def _nearest_to_steps(values: NDArray[np.float64], places: NDArray[np.int64], count: int) -> list[int]:
+    """`count` of the places whose values lie nearest to even steps, none twice."""
+    if not len(places):
+        return []
+    highest = min(float(values[places].max()), 0.0)
+    lowest = max(float(values[places].min()), highest - np.log(RANGE))
+    free, picked = list(places), []
+    for step in np.linspace(highest, lowest, count):
+        if free:
+            best = min(free, key=lambda k: abs(values[k] - step))
+            free.remove(best)
+            picked.append(int(best))
+    return picked

@@ -1,0 +1,49 @@
+"""Reports of measurements: Markdown for readers, JSON beside it, with what they were measured on."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
+
+
+def write(
+    file: Path, title: str, lines: Sequence[str], content: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """Write a report.
+
+    Args:
+        file: `.md`; the JSON gets the same name.
+        title: of the report.
+        lines: Markdown.
+        content: the figures, raw, for the JSON.
+        facts: hardware, versions, command and date.
+    """
+    text = [f"# {title}", "", *lines, "", *[f"- {key}: {value}" for key, value in facts.items()], ""]
+    _replace(file, "\n".join(text))
+    document = {"title": title, "facts": dict(facts), **content}
+    _replace(file.with_suffix(".json"), json.dumps(document, indent=1))
+
+
+def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Spearman's."""
+    return float(spearmanr(a, b).statistic)
+
+
+def _replace(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    draft.write_text(text)
+    os.replace(draft, file)

@@ -1,0 +1,227 @@
+"""`paredown benchmark latency | predict | evaluate | roofline`: what the measurements are worth."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from search.commands.options import (
+    DEFAULT_STORAGE,
+    Checkpoint,
+    ConfigFile,
+    Data,
+    OptionalStudyName,
+    Seed,
+    Storage,
+    Target,
+    Threads,
+    config_of,
+    overrides,
+    say,
+)
+
+if TYPE_CHECKING:
+    from evaluators.bench import Bench
+    from search.benchmarks.quietness import Model
+    from search.config import SearchConfig
+
+RESULTS = Path("scripts/results")
+Output = Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")]
+Seen = Annotated[int, typer.Option("--seen", min=8, help="Recipes to fit on.")]
+Unseen = Annotated[int, typer.Option("--unseen", min=4, help="Recipes to try it on.")]
+
+
+def latency(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="YAML file of the search; or use --study.")
+    ] = None,
+    study: OptionalStudyName = None,
+    storage: Storage = DEFAULT_STORAGE,
+    models: Annotated[int, typer.Option("--models", min=2, help="Models that are timed.")] = 10,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Training processes.")] = None,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    output: Output = RESULTS,
+) -> int:
+    """Time models idle and beside training workers: those of a study, or random ones of a configuration."""
+    from search.benchmarks.quietness import Model, compare_conditions, tensor_times, write_quietness
+    from search.benchmarks.recipes import exported
+    from search.comparison import facts_of
+
+    settings = _settings(config, study, storage, overrides(data, checkpoint, target, threads, seed))
+    bench = _bench(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        base = exported(bench, bench.identity, Path(folder) / "base")
+        parts = bench.target.prepare_tensor_part(base.file, settings.threads)
+        chosen = _models(
+            bench, study if config is None else None, storage, models, settings.seed, Path(folder)
+        )
+        count = workers or settings.search.workers
+        private = Path(folder) / "slot"
+        results = compare_conditions(bench, chosen, base.session, count, private, say)
+        tensors = tensor_times(bench, [Model("base", base.session, parts), *chosen], base.session)
+    report = output / f"latency_{_file_name(settings)}.md"
+    title = f"Latency of {settings.name} in {bench.target.name}, idle and beside training workers"
+    write_quietness(report, title, results, tensors, count, facts_of(bench, _command()))
+    say(report.read_text())
+    return 0
+
+
+def predict(
+    config: ConfigFile,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    seen: Seen = 32,
+    unseen: Unseen = 30,
+    output: Output = RESULTS,
+) -> int:
+    """Fit the latency model on measured random recipes and try it on others."""
+    from search.benchmarks.predict import predictions, write_predictions
+    from search.comparison import facts_of
+
+    settings = _settings(config, None, "", overrides(data, checkpoint, target, threads, seed))
+    bench = _bench(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        found, own = predictions(bench, seen, unseen, settings.seed, Path(folder), say)
+    report = output / f"predict_{_file_name(settings)}.md"
+    title = f"Latency model of {settings.name} in {bench.target.name}"
+    write_predictions(report, title, seen, found, own, facts_of(bench, _command()))
+    say(report.read_text())
+    return 0
+
+
+def evaluate_profile(
+    config: ConfigFile,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    split: Annotated[str, typer.Option("--split", help="select, report, or annotations.")] = "select",
+    output: Output = RESULTS,
+) -> int:
+    """Profile the scoring of the base: what surrounds the engine, COCO figures, bootstrap, parity."""
+    from search.benchmarks.scoring import profile_of, write_profile
+    from search.comparison import facts_of
+
+    settings = _settings(config, None, "", overrides(data, checkpoint, target, threads, seed))
+    bench = _bench(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        found = profile_of(bench, bench.split(split), Path(folder), say)
+    report = output / f"evaluate_{_file_name(settings)}.md"
+    title = f"Scoring {settings.name} in {bench.target.name}"
+    write_profile(report, title, found, facts_of(bench, _command()))
+    say(report.read_text())
+    return 0
+
+
+def roofline(
+    config: ConfigFile,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    seen: Seen = 32,
+    unseen: Unseen = 30,
+    description: Annotated[
+        Path | None, typer.Option("--description", help="YAML file to write.", metavar="FILE")
+    ] = None,
+    output: Output = RESULTS,
+) -> int:
+    """Fit a description of this machine, for `target: analytic:FILE`, and try it on other recipes."""
+    from search.benchmarks.fit_roofline import (
+        fit_description,
+        recipes_for_roofline,
+        write_description,
+        write_fit,
+    )
+    from search.comparison import facts_of
+
+    settings = _settings(config, None, "", overrides(data, checkpoint, target, threads, seed))
+    bench = _bench(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        first, others = recipes_for_roofline(bench, seen, unseen, settings.seed, Path(folder), say)
+    facts = facts_of(bench, _command())
+    name = f"{facts['cpu']}, {bench.target.name}, {settings.threads} thread(s)"
+    fitted = fit_description(name, first, bench.capabilities.channel_granule)
+    report = output / f"roofline_{_file_name(settings)}.md"
+    write_description(description or report.with_suffix(".yaml"), fitted, facts)
+    write_fit(report, f"Roofline of {name}", fitted, first, others, facts)
+    say(report.read_text())
+    return 0
+
+
+def _settings(
+    config: Path | None, study: str | None, storage: str, changes: dict[str, object]
+) -> SearchConfig:
+    from search.config import load_config
+    from search.study import load_study
+    from spaces.errors import InputError
+
+    if config is not None:
+        return load_config(config, changes)
+    if study is None:
+        raise InputError("benchmark", None, "name a configuration or a study")
+    return config_of(load_study(study, url=storage), changes)
+
+
+def _bench(settings: SearchConfig) -> Bench:
+    from evaluators.bench import Bench
+
+    return Bench(settings.bench)
+
+
+def _models(
+    bench: Bench, study: str | None, storage: str, count: int, seed: int, folder: Path
+) -> list[Model]:
+    """Models of a study that are on disk, the front first; or random recipes of the space."""
+    from evaluators.exported import ModelCard, model_in
+    from search.benchmarks.quietness import Model
+    from search.benchmarks.recipes import exported
+    from search.retention import base_number, front_numbers
+    from search.strategy import probe_recipes
+    from search.study import load_study
+    from spaces.table import SpaceTable
+
+    target, threads = bench.target, bench.config.threads
+    if study is None:
+        made = []
+        for k, recipe in enumerate(probe_recipes(SpaceTable(bench.space), count, seed)):
+            one = exported(bench, recipe, folder / str(k))
+            hint = ModelCard.beside(one.file).runtime.hint
+            part = target.prepare_tensor_part(one.file, threads, hint)
+            made.append(Model(f"recipe {k}", one.session, part))
+        return made
+    opened = load_study(study, url=storage)
+    base, front = base_number(opened), front_numbers(opened)
+    others = [trial.number for trial in opened.optuna.get_trials(deepcopy=False)]
+    numbers = [n for n in dict.fromkeys([*sorted(front), *others]) if n != base]
+    files = {n: model_in(opened.trial_folder(n)) for n in numbers}
+    there = [(n, file) for n, file in files.items() if file.is_file()][:count]
+    models = []
+    for number, file in there:
+        hint = ModelCard.beside(file).runtime.hint
+        session = target.prepare(file, threads, hint)
+        models.append(Model(f"trial {number}", session, target.prepare_tensor_part(file, threads, hint)))
+    return models
+
+
+def _file_name(settings: SearchConfig) -> str:
+    return f"{settings.name}_{Path(settings.target).stem}"
+
+
+def _command() -> str:
+    given = [word for word in sys.argv[1:] if word != "benchmark"]  # the script leaves it out
+    return shlex.join(["paredown", "benchmark", *given])
