@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
-from search.knowledge import Finished, LossModel, figures_of, fit_loss
+from search.knowledge import Finished, LossModel, Positions, figures_of, fit_loss
 from search.trials import rung_maps
-from spaces.table import Options, SpaceTable
+from spaces.table import Options
 
 FEW = 3
 """With fewer finished trials that passed a rung, what training brings behind it is a guess."""
@@ -60,7 +60,7 @@ class Experience:
 
 
 def believed_loss(
-    table: SpaceTable, damage: NDArray[np.float64], experience: Experience
+    table: Positions, damage: NDArray[np.float64], experience: Experience
 ) -> tuple[LossModel, float]:
     """The model of losses fitted to finished and stopped trials, and the mAP that losses count from.
 
@@ -95,7 +95,7 @@ class ExperienceReader:
     time and nothing else: a new reader comes to the same.
     """
 
-    def __init__(self, table: SpaceTable) -> None:
+    def __init__(self, table: Positions) -> None:
         self._table = table
         self._names = set(table.names)
         self._known: dict[int, _Read | None] = {}

@@ -11,6 +11,8 @@ import plotly.graph_objects as go
 import plotly.io
 
 from search.figure_frame import BASE, FRONT, PEER, TRIAL, Frame, frame_of
+from search.heat_map import HeatMap
+from search.heat_picture import heat_figure
 from search.report import (
     FrontRow,
     Interval,
@@ -34,6 +36,7 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #111827 }}
 body {{ max-width: 1100px; margin: 2rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.35rem; margin: 0 }}
+h2 {{ font-size: 1.1rem; margin: 2rem 0 0 }}
 p {{ color: #4b5563; margin: .2rem 0 1rem }}
 table {{ border-collapse: collapse; font-variant-numeric: tabular-nums }}
 th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e5e7eb }}
@@ -49,6 +52,7 @@ tr.base {{ font-weight: 600 }}
 <p>{hidden}</p>
 {table}
 <p>{caption}</p>
+{heat}
 </body>
 </html>
 """
@@ -63,10 +67,11 @@ def front_html(
     peers: Sequence[Peer] = (),
     title: str = "Front",
     subtitle: str = "",
+    heat: HeatMap | None = None,
 ) -> None:
     """Write the front as a page of its own (about 5 MB, the plotting library included).
 
-    Arguments as in `search.figures.front_png`.
+    Arguments as in `search.figures.front_png`; below the front the sensitivity `heat`, if there is one.
     """
     frame = frame_of(rows, base, trials, peers)
     picture = plotly.io.to_html(
@@ -82,11 +87,23 @@ def front_html(
         picture=picture,
         table=_table(rows, base),
         caption=html.escape(front_caption(base)),
+        heat="" if heat is None else _heat(heat),
         hidden=f"{frame.hidden_label}: <i>autoscale</i> shows everything" if frame.hidden_label else "",
     )
     draft = file.with_name(f".{file.name}.{os.getpid()}")
     draft.write_text(page, encoding="utf-8")
     os.replace(draft, file)
+
+
+def _heat(heat: HeatMap) -> str:
+    picture = plotly.io.to_html(
+        heat_figure(heat),
+        full_html=False,
+        include_plotlyjs=False,
+        div_id="sensitivity",
+        config={"displaylogo": False, "showSendToCloud": False},
+    )
+    return f"<h2>Sensitivity</h2>\n<p>{html.escape(heat.caption)}</p>\n{picture}"
 
 
 def _figure(frame: Frame, peers: Sequence[Peer]) -> go.Figure:

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.evaluation import Evaluation
 from evaluators.ranking import Problem, front
+from search.heat_map import HeatMap
 from search.judge import gain_of_training_further, reference_of
 from search.report import FrontRow, TrialPoint, rows_to_json
 from search.retention import base_number, front_numbers
@@ -98,10 +99,17 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
     return Front(rows[number], listed, points, rows[number].map + gain, remarks)
 
 
-def write_pictures(front_: Front, folder: Path, title: str, subtitle: str) -> tuple[Path, Path]:
-    """Write `front.png` and `front.html` into a folder, which is made; returns their paths."""
+def write_pictures(
+    front_: Front, folder: Path, title: str, subtitle: str, heat: HeatMap | None = None
+) -> list[Path]:
+    """Write `front.png`, `front.html` and, of a sensitivity, `sensitivity.png` into a folder, which is made.
+
+    Returns:
+        Their paths.
+    """
     from search.figure_page import front_html
     from search.figures import front_png
+    from search.heat_picture import heat_png
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +119,12 @@ def write_pictures(front_: Front, folder: Path, title: str, subtitle: str) -> tu
     # Trials are measured on select; beside figures of report they would compare apples with pears.
     trials = front_.trials if all(row.split == front_.base.split for row in front_.rows) else []
     front_png(png, front_.rows, front_.base, trials=trials, title=title, subtitle=subtitle)
-    front_html(page, front_.rows, front_.base, trials=trials, title=title, subtitle=subtitle)
-    return png, page
+    front_html(page, front_.rows, front_.base, trials=trials, title=title, subtitle=subtitle, heat=heat)
+    if heat is None:
+        return [png, page]
+    sensitivity = folder / "sensitivity.png"
+    heat_png(sensitivity, heat, subtitle=f"{title}: {subtitle}")
+    return [png, page, sensitivity]
 
 
 def subtitle_of(study: SearchStudy) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,19 @@ FACTORS = (0.1, 10.0)
 """How far a parameter's weight may leave that of its kind."""
 
 
+class Positions(Protocol):
+    """Names of parameters and the positions of their values: a `SpaceTable`, or a stored `Sensitivity`."""
+
+    @property
+    def names(self) -> list[str]:
+        """P parameters."""
+        ...
+
+    def options(self, params: Sequence[Mapping[str, Any]]) -> Options:
+        """Positions `(N, P)` of the values of N sets of parameters."""
+        ...
+
+
 @dataclass(frozen=True)
 class Finished:
     """Evaluated trials: positions `(N, P)`, mAP `(N,)` in 0..100 and latency ratios `(N,)`."""
@@ -41,7 +56,7 @@ def figures_of(trial: FrozenTrial) -> tuple[float, float] | None:
     return evaluation.metrics["map"].value, evaluation.metrics["latency_ratio"].value
 
 
-def finished_trials(table: SpaceTable, trials: list[FrozenTrial]) -> Finished:
+def finished_trials(table: Positions, trials: list[FrozenTrial]) -> Finished:
     """The evaluated trials of this space, the base among them."""
     rows, figures = [], []
     for trial in trials:
@@ -116,7 +131,7 @@ class LossModel:
 
 
 def fit_loss(
-    table: SpaceTable,
+    table: Positions,
     damage: NDArray[np.float64],
     finished: Finished,
     base_map: float,

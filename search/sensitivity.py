@@ -3,19 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.jobs import Job
+from search.study import SearchStudy
 from spaces.recipe import Recipe
-from spaces.space import SearchSpace
-from spaces.table import SpaceTable
+from spaces.space import SearchSpace, Value
+from spaces.table import Options, SpaceTable
 
 JOB = "sensitivity"
 LEVELS = 3
 """Measured options of a parameter beside the first; those between are interpolated."""
+STORED = "sensitivity"
+"""Study attribute: `Sensitivity.to_json`, so that pictures and other studies need no detector to read it."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What is known of a space's options, as plain data.
+
+    Attributes:
+        names: P parameters.
+        values: of each parameter; the first one changes nothing.
+        damage: `(P, O)`, 0 in column 0, infinite where there is no such option or nothing is known.
+    """
+
+    names: list[str]
+    values: tuple[tuple[Value, ...], ...]
+    damage: NDArray[np.float64]
+
+    def options(self, params: Sequence[Mapping[str, Any]]) -> Options:
+        """Positions `(N, P)` of the values of N sets of parameters."""
+        rows = [
+            [own.index(one[name]) for name, own in zip(self.names, self.values, strict=True)]
+            for one in params
+        ]
+        return np.array(rows, np.int64).reshape(len(params), len(self.names))
+
+    def to_json(self) -> dict[str, Any]:
+        """By parameter: values, and damage with None where it is infinite."""
+        return {
+            name: {
+                "values": list(own),
+                "damage": [float(f"{d:.6g}") if np.isfinite(d) else None for d in row[: len(own)]],
+            }
+            for name, own, row in zip(self.names, self.values, self.damage, strict=True)
+        }
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> Sensitivity:
+        """The inverse of `to_json`."""
+        values = tuple(tuple(one["values"]) for one in content.values())
+        damage = np.full((len(values), max(map(len, values), default=1)), np.inf)
+        for row, one in zip(damage, content.values(), strict=True):
+            row[: len(one["damage"])] = [np.inf if d is None else d for d in one["damage"]]
+        return Sensitivity(list(content), values, damage)
+
+
+def sensitivity_of(table: SpaceTable, damage: NDArray[np.float64]) -> Sensitivity:
+    """The damage `(P, O)` of a space's options with their names and values."""
+    return Sensitivity(table.names, tuple(p.values for p in table.space.parameters.values()), damage)
+
+
+def store_sensitivity(study: SearchStudy, sensitivity: Sensitivity) -> None:
+    """Keep it in the study, unless it is there."""
+    content = sensitivity.to_json()
+    if study.optuna.user_attrs.get(STORED) != content:
+        study.optuna.set_user_attr(STORED, content)
+
+
+def stored_sensitivity(study: SearchStudy) -> Sensitivity | None:
+    """What `store_sensitivity` kept; None where it has not been measured."""
+    content = study.optuna.user_attrs.get(STORED)
+    return Sensitivity.from_json(content) if content else None
 
 
 def single_changes(space: SearchSpace) -> list[tuple[int, int, Recipe]]:

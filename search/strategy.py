@@ -15,7 +15,7 @@ from evaluators.ranking import Problem
 from search.knowledge import PROBE, finished_trials, latency_learner, measured_damage
 from search.sampler import LARGEST_LOSS, FrontSampler
 from search.seeds import seed_recipes, uniform_starts
-from search.sensitivity import sensitivity_jobs
+from search.sensitivity import sensitivity_jobs, sensitivity_of, store_sensitivity
 from search.study import SearchStudy
 from spaces.errors import InputError
 from spaces.recipe import Recipe
@@ -68,6 +68,8 @@ class Strategy:
     def sampler(self, seed: int) -> BaseSampler:
         """The sampler of a run; without sensitivities Optuna's TPE takes the place of `front`."""
         damage = measured_damage(self._table, self._study)
+        if damage is not None:
+            store_sensitivity(self._study, sensitivity_of(self._table, damage))
         if self._make is not None:
             return self._make(seed)
         if damage is None:

@@ -88,14 +88,15 @@ def print_front(study: SearchStudy, front: Front, folder: Path) -> None:
     console.print(front_table(front.rows, front.base, title=f"Front of {study.name}"))
     for remark in front.remarks:
         print(f"Note: {remark}.")
-    png, page = _pictures(study, front, folder)
-    print(f"Pictures: {png}, {page}")
+    print(f"Pictures: {', '.join(map(str, _pictures(study, front, folder)))}")
 
 
-def _pictures(study: SearchStudy, front: Front, folder: Path) -> tuple[Path, Path]:
+def _pictures(study: SearchStudy, front: Front, folder: Path) -> list[Path]:
     from search.front import subtitle_of, write_pictures
+    from search.heat_map import heat_map_of
 
-    return write_pictures(front, folder, f"Front of {study.name}", subtitle_of(study))
+    title = f"Front of {study.name}"
+    return write_pictures(front, folder, title, subtitle_of(study), heat_map_of(study))
 
 
 def _remeasure(
