@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # torch is behind it, which a process that only serves need n
     from evaluators.calibration import LayerRanges
 
 OUTPUTS = ["boxes", "scores", "labels"]
+OPSET = 21
+"""The last whose operators the engine has all. Version 22 of them differs by bfloat16 alone."""
 
 
 class OnnxRuntime(OnnxTarget):
@@ -42,9 +44,14 @@ class OnnxRuntime(OnnxTarget):
     ) -> Lowered:
         """Int8 as Q/DQ around the layer and behind it, which is what the engine fuses."""
         narrow = {layer: ranges[layer] for layer, width in bits.items() if width <= 8}
-        if not narrow:
-            return Lowered(graph)
-        return Lowered(quantized(graph, narrow, outputs_too=True, weight_levels=int8_weight_levels()))
+        lowered = onnx.ModelProto()
+        lowered.CopyFrom(graph)
+        if narrow:
+            lowered = quantized(graph, narrow, outputs_too=True, weight_levels=int8_weight_levels())
+        for domain in lowered.opset_import:
+            if domain.domain in ("", "ai.onnx"):
+                domain.version = min(domain.version, OPSET)
+        return Lowered(lowered)
 
     def prepare(self, model: Path, threads: int, hint: str = "f32") -> OnnxRuntimeSession:
         """Raises InputError when the file is missing or not readable as a model. `hint` changes nothing."""
