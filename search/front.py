@@ -23,6 +23,9 @@ from spaces.errors import InputError
 FINAL = "front measured again"
 """Study attribute: the models of the front in one batch and on report; see `search.final`."""
 
+NEW_REFERENCE = "new reference"
+"""Study attribute: the base measured again on another machine; see `search.reference`."""
+
 Role = Literal["select", "report"]
 
 
@@ -74,12 +77,16 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
     if role == "report" and not final:
         raise InputError("report", None, "nothing was measured on it yet; use paredown front --remeasure")
     base_evaluation = evaluations[number]
+    scale = float(study.optuna.user_attrs.get(NEW_REFERENCE, {}).get("scale", 1.0))
     reference = reference_of(base_evaluation)
     chosen = (
         front_numbers(study) if problem is None else _front_within(study, problem, evaluations, reference)
     )
-    rows = {n: _row(study, trials[n], evaluations[n], final, role, n == number) for n in {*chosen, number}}
+    rows = {
+        n: _row(study, trials[n], evaluations[n], final, role, n == number, scale) for n in {*chosen, number}
+    }
     remarks = _remarks(base_evaluation, role, chosen, final)
+    remarks += _how_it_runs({n: evaluations[n] for n in sorted({*chosen, number})})
     listed = sorted((rows[n] for n in chosen if role == "select" or _on_report(n, final)), key=_best_first)
     if role == "select":
         beaten = _beaten(study, listed, final)
@@ -94,7 +101,8 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
         goal = rows[number].map + gain
         listed = [replace(r, note=f"{r.map - goal:+.1f} to the base trained further") for r in listed]
     points = [
-        TrialPoint(n, e.metrics["map"].value, e.metrics["latency_ms"].value) for n, e in evaluations.items()
+        TrialPoint(n, e.metrics["map"].value, e.metrics["latency_ms"].value * scale)
+        for n, e in evaluations.items()
     ]
     return Front(rows[number], listed, points, rows[number].map + gain, remarks)
 
@@ -181,6 +189,7 @@ def _row(
     final: dict[str, Any],
     role: Role,
     is_base: bool,
+    scale: float,
 ) -> FrontRow:
     metrics, recipe = evaluation.metrics, recipe_of(trial)
     assert recipe is not None
@@ -190,7 +199,7 @@ def _row(
         number=trial.number,
         map=metrics["map"].value,
         split=evaluation.split,
-        latency_ms=metrics["latency_ms"].value,
+        latency_ms=metrics["latency_ms"].value * scale,
         latency_ratio=ratio.value,
         ratio_low=ratio.low,
         ratio_high=ratio.high,
@@ -225,6 +234,27 @@ def _beaten(study: SearchStudy, rows: Sequence[FrontRow], final: dict[str, Any])
     again = [row for row in rows if _on_report(row.number, final)]
     kept = set(front([(row.latency_ratio, -row.map) for row in again]))
     return {row.number for i, row in enumerate(again) if i not in kept}
+
+
+def _how_it_runs(evaluations: dict[int, Evaluation]) -> list[str]:
+    """What the engine's profiles say: layers that fell back, and rooflines in place of measurements."""
+    fallen = [
+        f"{len(found)} of trial {n}" for n, e in evaluations.items() if (found := e.details.get("fell_back"))
+    ]
+    shares = [
+        f"trial {n} {found['share']:.0%}"
+        for n, e in evaluations.items()
+        if (found := e.details.get("roofline"))
+    ]
+    remarks = []
+    if fallen:
+        remarks.append(f"layers that do not run at the bit-width chosen for them: {', '.join(fallen)}")
+    if shares:
+        remarks.append(
+            "latencies are predicted from a description of the hardware, nothing was timed; share of the "
+            f"roofline: {', '.join(shares)}"
+        )
+    return remarks
 
 
 def _remarks(base: Evaluation, role: Role, chosen: set[int], final: dict[str, Any]) -> list[str]:

@@ -26,6 +26,8 @@ Fingerprint: TypeAlias = Mapping[str, str | int | float | bool | None]
 Direction: TypeAlias = Literal["maximize", "minimize"]
 
 FINGERPRINT = "fingerprint"
+SIGNATURE = "target "
+"""Begins the fingerprint's keys of the target's signature; `target` itself is its name."""
 ARTIFACT_STORE = "artifact_store"
 _NAME = re.compile(r"[\w.+-][\w.+ -]{0,99}")
 
@@ -87,6 +89,7 @@ def open_study(
     *,
     url: str = DEFAULT_URL,
     artifacts: Path | None = None,
+    new_reference: bool = False,
 ) -> SearchStudy:
     """Open study `name`, or create it.
 
@@ -97,6 +100,7 @@ def open_study(
         url: SQLAlchemy URL of the database.
         artifacts: folder of the model files; default: where the study has them, for a new one
             `artifacts/<name>` beside the SQLite file (`runs/artifacts/<name>` for a server).
+        new_reference: let the target's signature differ; see `search.reference`.
 
     Raises:
         InputError: unusable storage, a study made for something else (what differs is listed), or a
@@ -117,7 +121,7 @@ def open_study(
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names(list(objectives))
         study.set_user_attr(FINGERPRINT, dict(fingerprint))
-    _refuse_differences(study, fingerprint, objectives)
+    _refuse_differences(study, fingerprint, objectives, new_reference)
     folder = _artifact_folder(study, url, artifacts)
     return SearchStudy(study, folder, mask_url(url))
 
@@ -149,15 +153,30 @@ def _create_or_load(name: str, storage: RDBStorage, objectives: Mapping[str, Dir
         return optuna.load_study(study_name=name, storage=storage)
 
 
+def target_differences(stored: Mapping[str, Any], now: Fingerprint) -> list[str]:
+    """Lines of what differs in the target's signature: machine, engine and version, threads."""
+    return [line for line in _differences(stored, now) if line.startswith(SIGNATURE)]
+
+
+def _differences(stored: Mapping[str, Any], now: Fingerprint) -> list[str]:
+    return [
+        f"{key}: {stored.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted({*stored, *now})
+        if stored.get(key) != now.get(key)
+    ]
+
+
 def _refuse_differences(
-    study: optuna.Study, fingerprint: Fingerprint, objectives: Mapping[str, Direction]
+    study: optuna.Study,
+    fingerprint: Fingerprint,
+    objectives: Mapping[str, Direction],
+    new_reference: bool,
 ) -> None:
     stored: dict[str, Any] = study.user_attrs[FINGERPRINT]
-    differences = [
-        f"{key}: {stored.get(key)!r} -> {fingerprint.get(key)!r}"
-        for key in sorted({*stored, *fingerprint})
-        if stored.get(key) != fingerprint.get(key)
-    ]
+    differences = _differences(stored, fingerprint)
+    elsewhere = target_differences(stored, fingerprint)
+    if new_reference:
+        differences = [line for line in differences if line not in elsewhere]
     directions = ["maximize" if d == StudyDirection.MAXIMIZE else "minimize" for d in study.directions]
     before = dict(zip(study.metric_names or [], directions, strict=False))
     if list(before.items()) != list(objectives.items()) or len(directions) != len(objectives):
@@ -167,7 +186,8 @@ def _refuse_differences(
             "study",
             study.study_name,
             f"was made with other settings ({'; '.join(differences)}); "
-            "go back to them, or start another study with --study NEWNAME",
+            "go back to them, or start another study with --study NEWNAME"
+            + (", or go on from a base measured here with --new-reference" * (differences == elsewhere)),
         )
 
 

@@ -57,6 +57,10 @@ def search(
     ] = None,
     max_map_drop: MaxMapDrop = None,
     limit: Limits = None,
+    new_reference: Annotated[
+        bool,
+        typer.Option("--new-reference", help="Go on with a study of another machine or engine version."),
+    ] = False,
     storage: Storage = DEFAULT_STORAGE,
     study: OptionalStudyName = None,
     threads: Threads = None,
@@ -70,6 +74,7 @@ def search(
     from search.config import load_config
     from search.loop import run_search
     from search.progress import Progress, duration
+    from search.reference import renew_reference
     from search.source import BaseFailedError
     from search.strategy import sampler_named
     from search.workers import Pool, WorkersUnusableError
@@ -86,8 +91,10 @@ def search(
     if settings.search.sampler != "front":
         sampler_named(settings.search.sampler)  # before anything is made
     bench = prepared_bench(settings)
-    opened = open_for(settings, bench, storage)
+    opened = open_for(settings, bench, storage, new_reference)
     say(f"study {opened.name} in {opened.shown_url}")
+    if new_reference:
+        renew_reference(bench, opened, say)
     total = settings.search.trials
     try:
         outcome = run_search(
@@ -129,7 +136,7 @@ def prepared_bench(settings: SearchConfig) -> Bench:
     return bench
 
 
-def open_for(settings: SearchConfig, bench: Bench, storage: str) -> SearchStudy:
+def open_for(settings: SearchConfig, bench: Bench, storage: str, new_reference: bool = False) -> SearchStudy:
     """The study of a configuration, which it keeps.
 
     Raises:
@@ -139,7 +146,9 @@ def open_for(settings: SearchConfig, bench: Bench, storage: str) -> SearchStudy:
 
     problem = settings.problem
     objectives = dict(zip(problem.objectives, problem.directions, strict=True))
-    study = open_study(settings.name, bench.fingerprint(), objectives, url=storage)
+    study = open_study(
+        settings.name, bench.fingerprint(), objectives, url=storage, new_reference=new_reference
+    )
     study.optuna.set_user_attr(CONFIG, settings.model_dump(mode="json"))
     return study
 
