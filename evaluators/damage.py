@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from evaluators.bench import Bench
-from evaluators.calibration import LayerRanges
+from evaluators.calibration import LayerRanges, narrowed
 from evaluators.finetune import measure_norms
 from evaluators.rounding import round_layer
 from evaluators.signature import int8_weight_levels
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
 from spaces.lowrank import by_part
+from spaces.methods.codebook import clustered
 from spaces.recipe import Recipe
-from spaces.space import bits_by_layer
+from spaces.space import bits_by_layer, codebooks_by_layer, integers_by_layer
 
 IMAGES = 12
 
@@ -33,7 +34,8 @@ class Damage:
         with bench.slot.computing(), torch.no_grad():
             self._images = torch.cat([torch.from_numpy(image) for image in inputs])
             self._outputs: Outputs = bench.base(self._images)
-            self._floor = self._distance(self._repaired(copy.deepcopy(bench.base)))
+            repaired: Outputs = self._repaired(copy.deepcopy(bench.base))(self._images)
+            self._repaired_outputs = repaired
         self._ranges: dict[str, LayerRanges] = {}
 
     def of(self, recipe: Recipe) -> float:
@@ -43,29 +45,37 @@ class Damage:
         engines do, enough to tell sites apart. Networks that changed in more than bit-widths have their
         BatchNorm statistics measured anew first, on these same images: most of what fine-tuning repairs is
         a shift of statistics, and without that the damage of late layers, which it repairs well, would
-        look the largest. What the few images themselves do to the statistics of the base is subtracted.
+        look the largest. They are compared with the base treated likewise: what the few images themselves do
+        to its statistics is larger than the damage of many a choice.
         """
         bench = self._bench
         draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         network = self._repaired(draft.network) if draft.changed else draft.network
         widths = by_part(network, bits_by_layer(recipe, bench.sites))
         bits = {layer: width for layer, width in widths.items() if width < 32}
+        ranges: dict[str, LayerRanges] = {}
         if bits:
             ranges = self._ranges_of(network, [layer for layer, width in bits.items() if width <= 8])
+            for layer, (weight, activation) in by_part(
+                network, integers_by_layer(recipe, bench.sites)
+            ).items():
+                ranges[layer] = narrowed(ranges[layer], weight, activation)
+        books = by_part(network, codebooks_by_layer(recipe, bench.sites))
+        if bits or books:
             network = bench.detector.simplified(network)
+            for layer, entries in books.items():
+                stored = network.get_submodule(layer)
+                assert isinstance(stored.weight, nn.Parameter)
+                stored.weight.data = clustered(stored.weight.data, entries)
             for layer, width in bits.items():
                 _round(network.get_submodule(layer), width, ranges.get(layer))
-        if not draft.changed:
-            return self._distance(network)
-        return max(self._distance(network) - self._floor, 0.0)
+        wanted = self._repaired_outputs if draft.changed else self._outputs
+        with torch.no_grad():
+            return float(bench.detector.distillation(network(self._images), wanted))
 
     def _repaired(self, network: nn.Module) -> nn.Module:
         measure_norms(network, [self._images])
         return network
-
-    def _distance(self, network: nn.Module) -> float:
-        with torch.no_grad():
-            return float(self._bench.detector.distillation(network(self._images), self._outputs))
 
     def _ranges_of(self, network: nn.Module, layers: list[str]) -> dict[str, LayerRanges]:
         """Ranges of the base's layers, all calibrated at the first need; those of factors on the network."""

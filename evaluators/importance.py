@@ -8,13 +8,14 @@ from collections import defaultdict
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.quiet import QuietSlot
 from evaluators.teacher import batch_of
 from spaces.detectors.base import Detector
 
-NORMS = (nn.BatchNorm2d, nn.GroupNorm)
+NORMS = (nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d)
 
 
 def taylor_scores(
@@ -50,7 +51,8 @@ def taylor_scores(
         with slot.computing():
             outputs = network(batch_of(images, detector, indices, mirrored=False))
             loss = detector.loss(outputs, [images.labels(int(k)) for k in indices])
-            network.zero_grad()
+            for norm in norms.values():  # not by network.zero_grad: the weights of frozen ones are buffers
+                norm.weight.grad = norm.bias.grad = None
             loss.backward()  # type: ignore[no-untyped-call]
         for name, norm in norms.items():
             if norm.weight.grad is None or norm.bias.grad is None:

@@ -15,10 +15,9 @@ from torch import nn
 from spaces.activations import ActivationSite, activation_sites
 from spaces.detectors.base import Detector
 from spaces.layers import LayerFacts, trace_layers
+from spaces.norms import NORMS, TRACED_NORMS, in_whole_groups
 from spaces.residual import ResidualSite, residual_sites
 from spaces.slicing import channels_left, slice_layers
-
-NORMS = (nn.BatchNorm2d, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Member:
     """One side of a layer whose channels go together with a site's.
 
     Attributes:
-        layer: module name.
+        layer: module name, or that of a parameter which a module holds beside its layers.
         side: `out` for what it produces (norms: their channels), `in` for what it reads.
         channels: indices among the layer's channels on that side.
         roots: for each of `channels`, the channel of the site that it belongs to.
@@ -40,11 +39,20 @@ class Member:
 
 @dataclass(frozen=True)
 class ChannelSite:
-    """A dependency group: layers that must lose the same channels, `channels` of them on the base graph."""
+    """A dependency group: layers that must lose the same channels, `channels` of them on the base graph.
+
+    Where the channels go through a GroupNorm its groups take their place, each `unit` channels of the layers
+    that produce them: whole groups go, and those that stay compute what they did.
+    """
 
     name: str
     channels: int
     members: tuple[Member, ...]
+
+    @property
+    def unit(self) -> int:
+        """Channels of a layer that go at once; 1 without GroupNorm."""
+        return min(len(m.channels) // self.channels for m in self.members)
 
 
 @dataclass(frozen=True)
@@ -158,16 +166,21 @@ def _channel_sites(
     # torch-pruning follows gradients, which a frozen base has none of.
     network = copy.deepcopy(network).eval().requires_grad_(True)
     modules = dict(network.named_modules())
-    names = {module: name for name, module in modules.items()}
+    names: dict[Any, str] = {module: name for name, module in modules.items()}
+    names |= {p: name for name, p in network.named_parameters() if sum(side > 1 for side in p.shape) == 1}
     outputs = detector.output_layers(network)
     graph = tp.DependencyGraph().build_dependency(
-        network, example_inputs=torch.zeros(1, 3, *detector.preprocess.size)
+        network,
+        example_inputs=torch.zeros(1, 3, *detector.preprocess.size),
+        customized_pruners=TRACED_NORMS,
+        verbose=False,
     )
     groups = list(graph.get_all_groups(ignored_layers=[modules[name] for name in sorted(outputs)]))
     order = {name: position for position, name in enumerate(facts)}
     found: list[tuple[str, tuple[Member, ...], int]] = []
     for group in groups:
-        for members in _independent(_members(group, names, facts, outputs)):
+        for part in _independent(_members(group, names, facts, outputs)):
+            members = _of_whole_groups(part, modules)
             producers = [m.layer for m in members if m.side == "out" and _produces(m.layer, facts)]
             if producers:
                 first = min(producers, key=lambda name: order[name])
@@ -186,7 +199,7 @@ def _produces(layer: str, facts: Mapping[str, LayerFacts]) -> bool:
 
 
 def _members(
-    group: Any, names: Mapping[nn.Module, str], facts: Mapping[str, LayerFacts], outputs: frozenset[str]
+    group: Any, names: Mapping[Any, str], facts: Mapping[str, LayerFacts], outputs: frozenset[str]
 ) -> list[Member]:
     """The layers of a dependency group; none where some of them cannot lose channels."""
     pairs: dict[tuple[str, Literal["out", "in"]], set[tuple[int, int]]] = defaultdict(set)
@@ -194,12 +207,12 @@ def _members(
         module = item.dep.target.module
         if module not in names:
             if isinstance(module, nn.Parameter):
-                return []  # a bare parameter: nothing here says how to slice it
+                return []  # which of its sides holds the channels is anybody's guess
             continue  # an operation without weights
         name = names[module]
         reads = item.dep.handler.__name__.endswith("in_channels")
         side: Literal["out", "in"] = "in" if reads else "out"
-        if isinstance(module, NORMS) or (name in facts and facts[name].depthwise):
+        if isinstance(module, (*NORMS, nn.Parameter)) or (name in facts and facts[name].depthwise):
             side = "out"
         elif name not in facts or facts[name].groups > 1:
             return []  # grouped convolutions lose channels only group by group
@@ -235,6 +248,15 @@ def _independent(members: Sequence[Member]) -> list[tuple[Member, ...]]:
 def _part(member: Member, number: Mapping[int, int]) -> Member:
     pairs = [(c, number[r]) for c, r in zip(member.channels, member.roots, strict=True) if r in number]
     return Member(member.layer, member.side, tuple(c for c, _ in pairs), tuple(r for _, r in pairs))
+
+
+def _of_whole_groups(members: Sequence[Member], modules: Mapping[str, nn.Module]) -> tuple[Member, ...]:
+    """The members with a root for each group of their GroupNorms; none where groups do not fit."""
+    held = [(modules.get(m.layer), m.channels, m.roots) for m in members]
+    number = in_whole_groups(held)
+    if number is None:
+        return ()
+    return tuple(Member(m.layer, m.side, m.channels, tuple(number[r] for r in m.roots)) for m in members)
 
 
 def _layer_sites(facts: Mapping[str, LayerFacts], siblings: bool) -> list[LayerSite]:

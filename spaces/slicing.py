@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from spaces.errors import InputError
 
@@ -38,12 +38,19 @@ def channels_left(
             )
     left = {}
     for layer, gone in removed.items():
-        inputs, outputs = _widths(network.get_submodule(layer))
+        inputs, outputs = _widths(part_named(network, layer))
         left[layer] = LayerChannels(_without(outputs, gone["out"]), _without(inputs, gone["in"]))
     return left
 
 
-def _widths(module: nn.Module) -> tuple[int, int]:
+def part_named(network: nn.Module, name: str) -> nn.Module | nn.Parameter:
+    """A module, or a parameter that a module holds beside its layers, by its name."""
+    parent, _, last = name.rpartition(".")
+    part: nn.Module | nn.Parameter = getattr(network.get_submodule(parent), last)
+    return part
+
+
+def _widths(module: nn.Module | nn.Parameter) -> tuple[int, int]:
     """Input and output channels; a norm has as many of either."""
     match module:
         case nn.Conv2d():
@@ -54,6 +61,10 @@ def _widths(module: nn.Module) -> tuple[int, int]:
             return module.num_features, module.num_features
         case nn.GroupNorm():
             return module.num_channels, module.num_channels
+        case FrozenBatchNorm2d():
+            return len(module.weight), len(module.weight)
+        case nn.Parameter():
+            return module.numel(), module.numel()
         case _:
             raise TypeError(f"cannot prune a {type(module).__name__}")
 
@@ -69,7 +80,7 @@ def slice_layers(network: nn.Module, channels: Mapping[str, LayerChannels]) -> N
     without the library that found the dependencies.
     """
     for name, left in channels.items():
-        module = network.get_submodule(name)
+        module = part_named(network, name)
         match module:
             case nn.Conv2d():
                 _slice_conv(module, left)
@@ -78,18 +89,22 @@ def slice_layers(network: nn.Module, channels: Mapping[str, LayerChannels]) -> N
                 _slice_parameter(module, "weight", left.out)
                 _slice_parameter(module, "bias", left.out)
                 module.out_features, module.in_features = module.weight.shape
-            case nn.BatchNorm2d():
+            case nn.BatchNorm2d() | FrozenBatchNorm2d():
                 for tensor in ("weight", "bias", "running_mean", "running_var"):
                     _slice_parameter(module, tensor, left.out)
-                if left.out is not None:
+                if left.out is not None and isinstance(module, nn.BatchNorm2d):
                     module.num_features = len(left.out)
             case nn.GroupNorm():
                 _slice_parameter(module, "weight", left.out)
                 _slice_parameter(module, "bias", left.out)
                 if left.out is not None:
+                    if module.num_groups > 1:  # sites take whole groups; those left stay what they were
+                        module.num_groups = len(left.out) * module.num_groups // module.num_channels
                     module.num_channels = len(left.out)
-                    # Groups must stay equal; what that changes is for training to repair.
-                    module.num_groups = math.gcd(module.num_groups, module.num_channels)
+            case nn.Parameter():
+                parent, _, last = name.rpartition(".")
+                dim = max(range(module.dim()), key=lambda d: module.shape[d])
+                _slice_parameter(network.get_submodule(parent), last, left.out, dim)
             case _:
                 raise InputError("channels", name, f"cannot slice a {type(module).__name__}")
 

@@ -13,7 +13,7 @@ from spaces.errors import InputError
 from spaces.methods.base import Draft, Statistics
 from spaces.recipe import Choice, Prune
 from spaces.sites import ChannelSite, Sites
-from spaces.slicing import channels_left, slice_layers
+from spaces.slicing import channels_left, part_named, slice_layers
 
 MAX_SPARSITY = 0.875
 MAX_OPTIONS = 8
@@ -28,7 +28,8 @@ class Pruning:
         """Up to eight sparsities a site, from 0 to at most 0.875, even steps of whole granules."""
         return {
             name: tuple(
-                Prune(site=name, sparsity=s) for s in sparsities(site.channels, capabilities.channel_granule)
+                Prune(site=name, sparsity=s)
+                for s in sparsities(site.channels, math.ceil(capabilities.channel_granule / site.unit))
             )
             for name, site in sites.channel.items()
         }
@@ -88,8 +89,8 @@ def importance(site: ChannelSite, network: nn.Module, statistics: Statistics) ->
             _add(total, member.channels, member.roots, statistics[member.layer].double())
         return total
     for member in site.members:
-        module = network.get_submodule(member.layer)
-        weight = getattr(module, "weight", None)
+        part = part_named(network, member.layer)
+        weight = part.flatten() if isinstance(part, nn.Parameter) else getattr(part, "weight", None)
         if weight is None:
             continue
         weight = weight.detach().double()

@@ -186,7 +186,7 @@ FREE = {  # channel sites by hand: what must be found is as important as what mu
     Plain: {"a": 16, "b": 24},
     Grouped: {},
     Transposed: {"a": 16, "c": 16},
-    SharedHead: {"a": 16, "tower.0": 16, "tower.3": 24},
+    SharedHead: {"a": 16, "tower.0": 4, "tower.3": 12},  # groups of the norms
     Linears: {"a": 16, "down": 24, "b": 16, "big": 32},
     Odd: {"a": 7, "b": 13, "c": 5},
     Functional: {"c": 16},

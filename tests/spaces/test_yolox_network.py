@@ -172,7 +172,7 @@ def test_registry_imports_a_users_class() -> None:
     detector = make_detector(name, 4, (64, 64))
     assert isinstance(detector, OwnYoloX)
     assert (detector.name, detector.num_classes, detector.preprocess.size) == (name, 4, (64, 64))
-    with pytest.raises(InputError, match="does not implement"):
+    with pytest.raises(InputError, match="is no Detector; it lacks name"):
         make_detector("builtins:dict", 4)
 
 
