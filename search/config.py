@@ -28,6 +28,7 @@ class SearchSettings(BaseModel):
         workers: processes that evaluate candidates, each with the bench's number of threads.
         sampler: see `search.strategy`.
         seeds: begin with solutions of the solver over measured sensitivities.
+        warm_start: name of another study in the same database to begin with; see `search.warm_start`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +37,7 @@ class SearchSettings(BaseModel):
     workers: int = Field(default=1, ge=1)
     sampler: str = "front"
     seeds: bool = True
+    warm_start: str | None = None
 
 
 class SearchConfig(BenchConfig):

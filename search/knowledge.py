@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial
 from scipy.optimize import nnls
 
 from evaluators.latency_model import LatencyModel, features, fit_features
-from search.sensitivity import JOB, damage_table
+from search.sensitivity import JOB, Sensitivity, damage_table
 from search.study import SearchStudy
 from search.trials import evaluation_of, is_candidate
 from spaces.recipe import Recipe
@@ -20,6 +20,8 @@ from spaces.space import LABELS
 from spaces.table import Options, SpaceTable
 
 PROBE = "probe"
+WARM = "warm start"
+"""Study attribute: what `search.warm_start` took from another study."""
 ROUNDS = 5
 FACTOR_RIDGE = 0.1
 FACTORS = (0.1, 10.0)
@@ -106,9 +108,29 @@ def latency_learner(table: SpaceTable, study: SearchStudy) -> LatencyLearner:
 
 
 def measured_damage(table: SpaceTable, study: SearchStudy) -> NDArray[np.float64] | None:
-    """Damage `(P, O)` of single options; None where sensitivities were not measured."""
+    """Damage `(P, O)` of single options; None where sensitivities were not measured.
+
+    In a study that began with another one, a unit of damage counts by what it cost there after training,
+    and options whose own damage could not be measured have that of the other study.
+    """
     results = [r for name, r in study.job_results().items() if name.startswith(JOB) and "damage" in r]
-    return damage_table(table, results) if results else None
+    if not results:
+        return None
+    damage = damage_table(table, results)
+    warm = study.optuna.user_attrs.get(WARM)
+    if not warm:
+        return damage
+    weights = np.array([warm["weights"].get(name, 1.0) for name in table.names])
+    weighted: NDArray[np.float64] = damage * weights[:, None]
+    known = Sensitivity.from_json(warm["damage"])
+    for p, (name, parameter) in enumerate(table.space.parameters.items()):
+        if name in known.names and not np.isfinite(damage[p, 1:]).any():
+            row = known.names.index(name)
+            for o, value in enumerate(parameter.values):
+                if value in known.values[row]:
+                    theirs = known.damage[row, known.values[row].index(value)]
+                    weighted[p, o] = theirs * (weights[p] if o else 1.0)
+    return weighted
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from spaces.space import SearchSpace, Value
 from spaces.table import Options, SpaceTable
 
 JOB = "sensitivity"
+CHUNKS = 8
+"""Jobs that the measurements are shared out to."""
 LEVELS = 3
 """Measured options of a parameter beside the first; those between are interpolated."""
 STORED = "sensitivity"

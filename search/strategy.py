@@ -15,14 +15,14 @@ from evaluators.ranking import Problem
 from search.knowledge import PROBE, finished_trials, latency_learner, measured_damage
 from search.sampler import LARGEST_LOSS, FrontSampler
 from search.seeds import seed_recipes, uniform_starts
-from search.sensitivity import sensitivity_jobs, sensitivity_of, store_sensitivity
+from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, store_sensitivity
 from search.study import SearchStudy
+from search.warm_start import warm_seeds
 from spaces.errors import InputError
 from spaces.recipe import Recipe
 from spaces.table import SpaceTable
 
 PROBES = 16
-CHUNKS = 8
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=False),
@@ -84,8 +84,12 @@ class Strategy:
             return
         trials = self._study.optuna.get_trials(deepcopy=False)
         model = latency_learner(self._table, self._study)(finished_trials(self._table, trials))
-        for options in seed_recipes(self._table, damage, model, self._trials):
-            self._study.optuna.enqueue_trial(self._table.params(options), user_attrs={"origin": "seed"})
+        seeds = [self._table.params(o) for o in seed_recipes(self._table, damage, model, self._trials)]
+        for params in seeds:
+            self._study.optuna.enqueue_trial(params, user_attrs={"origin": "seed"})
+        for params in warm_seeds(self._study):
+            if params not in seeds:
+                self._study.optuna.enqueue_trial(params, user_attrs={"origin": "warm start"})
 
 
 class Preparations:

@@ -52,6 +52,10 @@ def search(
         bool | None,
         typer.Option("--seeds/--no-seeds", help="Begin with solutions over measured sensitivities, or not."),
     ] = None,
+    warm_start: Annotated[
+        str | None,
+        typer.Option("--warm-start", help="Begin with what another study knows.", metavar="STUDY"),
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option("--epochs", min=0, help="Fine-tuning of each candidate, passes over fit.")
     ] = None,
@@ -77,13 +81,16 @@ def search(
     from search.reference import renew_reference
     from search.source import BaseFailedError
     from search.strategy import sampler_named
+    from search.warm_start import take_over
     from search.workers import Pool, WorkersUnusableError
+    from spaces.table import SpaceTable
 
     changes = overrides(data, checkpoint, target, threads, seed, max_map_drop, limit) | {
         "search.trials": trials,
         "search.workers": workers,
         "search.sampler": sampler,
         "search.seeds": seeds,
+        "search.warm_start": warm_start,
         "finetune.epochs": epochs,
         "name": study,
     }
@@ -91,10 +98,13 @@ def search(
     if settings.search.sampler != "front":
         sampler_named(settings.search.sampler)  # before anything is made
     bench = prepared_bench(settings)
+    source = _warm_source(settings, bench, storage)
     opened = open_for(settings, bench, storage, new_reference)
     say(f"study {opened.name} in {opened.shown_url}")
     if new_reference:
         renew_reference(bench, opened, say)
+    if source is not None:
+        say(take_over(opened, source, SpaceTable(bench.space)))
     total = settings.search.trials
     try:
         outcome = run_search(
@@ -151,6 +161,18 @@ def open_for(settings: SearchConfig, bench: Bench, storage: str, new_reference: 
     )
     study.optuna.set_user_attr(CONFIG, settings.model_dump(mode="json"))
     return study
+
+
+def _warm_source(settings: SearchConfig, bench: Bench, storage: str) -> SearchStudy | None:
+    """The study to begin with, checked before anything is made."""
+    from search.study import load_study
+    from search.warm_start import refuse_unfit
+
+    if settings.search.warm_start is None:
+        return None
+    source = load_study(settings.search.warm_start, url=storage)
+    refuse_unfit(source, bench.fingerprint(), bench.space)
+    return source
 
 
 def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchParts:
