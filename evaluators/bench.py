@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -30,9 +31,17 @@ from spaces.detectors.base import Detector, Postprocess, postprocess_of
 from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights
 from spaces.lowrank import by_part
+from spaces.methods.codebook import clustered
 from spaces.recipe import Prune, Recipe, identity
 from spaces.sites import Sites, find_sites
-from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
+from spaces.space import (
+    MAX_PARAMETERS,
+    Granularity,
+    SearchSpace,
+    build_space,
+    codebooks_by_layer,
+    integers_by_layer,
+)
 
 BIAS_IMAGES = 16
 """They run as one batch, for a layer is corrected behind corrected ones."""
@@ -45,6 +54,7 @@ class SpaceConfig(BaseModel):
 
     methods: tuple[str, ...] = ("prune", "quantize")
     granularity: Granularity = "layer"
+    bit_widths: tuple[int, ...] = ()
 
 
 class LatencyConfig(BaseModel):
@@ -111,7 +121,8 @@ class Bench:
     def space(self) -> SearchSpace:
         """The search space under the target's capabilities."""
         space = self.config.space
-        return build_space(self.detector, self.sites, self.capabilities, space.methods, space.granularity)
+        wanted = (space.methods, space.granularity, space.bit_widths)
+        return build_space(self.detector, self.sites, self.capabilities, *wanted)
 
     @property
     def identity(self) -> Recipe:
@@ -189,13 +200,17 @@ class Bench:
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def ranges(self, network: nn.Module, layers: list[str]) -> dict[str, LayerRanges]:
+    def ranges(
+        self, network: nn.Module, layers: Sequence[str] | Mapping[str, tuple[int, int]]
+    ) -> dict[str, LayerRanges]:
         """Calibrated ranges of the layers of a network that is ready for export."""
         if not layers:
             return {}
         return self._calibrated(self.detector.simplified(network), layers)
 
-    def _calibrated(self, simplified: nn.Module, layers: list[str]) -> dict[str, LayerRanges]:
+    def _calibrated(
+        self, simplified: nn.Module, layers: Sequence[str] | Mapping[str, tuple[int, int]]
+    ) -> dict[str, LayerRanges]:
         config, inputs = self.config, self.inputs(self.fit, self.config.calibration_images)
         return calibrate(simplified, layers, inputs, config.seed, config.quantization, self.capabilities)
 
@@ -211,8 +226,14 @@ class Bench:
             directory: where the pair goes.
         """
         widths = by_part(network, dict.fromkeys(self.sites.facts, 32) | bits)
-        narrow = [layer for layer, width in widths.items() if width <= 8]
+        asked = by_part(network, integers_by_layer(recipe, self.sites))
+        narrow = {layer: asked.get(layer, (8, 8)) for layer, width in widths.items() if width <= 8}
+        widths |= {layer: self.capabilities.runs_at(widths[layer]) for layer in narrow}
         whole, ranges = self.whole(network), {}
+        for layer, entries in by_part(network, codebooks_by_layer(recipe, self.sites)).items():
+            stored = whole.network.get_submodule(layer)
+            assert isinstance(stored.weight, nn.Parameter)
+            stored.weight.data = clustered(stored.weight.data, entries)
         if narrow:
             ranges = self._calibrated(whole.network, narrow)
             if self.config.quantization.bias_correction:
@@ -227,6 +248,7 @@ class Bench:
             categories=card_categories(self.categories),
             runtime=self.runtime(written.hint),
             recipe=recipe,
+            packed=dict(written.packed),
         )
         card.write(directory)
         return written.model, card
@@ -258,7 +280,8 @@ class Bench:
             "base weights": self.weights_hash,
             **{f"data {role}": split.fingerprint()[:12] for role, split in self.splits.items()},
             "space": ", ".join(config.space.methods)
-            + f" by {config.space.granularity} {self.space.summary()}",
+            + f" by {config.space.granularity} {self.space.summary()}"
+            + (f" of {config.space.bit_widths} bits" if config.space.bit_widths else ""),
             "target": Path(config.target).name,  # a description may move; it is in the signature
             **{f"target {key}": str(v) for key, v in self.target.signature(config.threads).items()},
             "postprocess": self.postprocess.model_dump_json(),

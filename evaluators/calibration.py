@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -35,7 +35,7 @@ class QuantizationPlan(BaseModel):
 
     ranges: Literal["mse", "minmax", "percentile"] = "mse"
     percentile: float = Field(default=99.99, gt=50.0, le=100.0)
-    bias_correction: bool = False
+    bias_correction: bool = True
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,14 @@ def is_depthwise(module: nn.Module) -> bool:
 def largest_weight(bits: int) -> int:
     """Largest integer of symmetric weights of a bit-width: 127 of 8 bits, 7 of 4, 1 of 2."""
     return int(2 ** (min(bits, 8) - 1) - 1)
+
+
+def narrowed(ranges: LayerRanges, weight_bits: int, activation_bits: int) -> LayerRanges:
+    """Ranges of 8 bits, taken for fewer: close to what calibration would find."""
+    if activation_bits >= 8:
+        return replace(ranges, largest=largest_weight(weight_bits))
+    levels = 2**activation_bits
+    return replace(ranges, largest=largest_weight(weight_bits), levels=levels, by_channel=())
 
 
 def chosen_range(values: NDArray[np.float32], levels: int, plan: QuantizationPlan) -> Range:

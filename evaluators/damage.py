@@ -8,15 +8,16 @@ import torch
 from torch import nn
 
 from evaluators.bench import Bench
-from evaluators.calibration import LayerRanges
+from evaluators.calibration import LayerRanges, narrowed
 from evaluators.finetune import measure_norms
 from evaluators.rounding import round_layer
 from evaluators.signature import int8_weight_levels
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
 from spaces.lowrank import by_part
+from spaces.methods.codebook import clustered
 from spaces.recipe import Recipe
-from spaces.space import bits_by_layer
+from spaces.space import bits_by_layer, codebooks_by_layer, integers_by_layer
 
 IMAGES = 12
 
@@ -52,9 +53,20 @@ class Damage:
         network = self._repaired(draft.network) if draft.changed else draft.network
         widths = by_part(network, bits_by_layer(recipe, bench.sites))
         bits = {layer: width for layer, width in widths.items() if width < 32}
+        ranges: dict[str, LayerRanges] = {}
         if bits:
             ranges = self._ranges_of(network, [layer for layer, width in bits.items() if width <= 8])
+            for layer, (weight, activation) in by_part(
+                network, integers_by_layer(recipe, bench.sites)
+            ).items():
+                ranges[layer] = narrowed(ranges[layer], weight, activation)
+        books = by_part(network, codebooks_by_layer(recipe, bench.sites))
+        if bits or books:
             network = bench.detector.simplified(network)
+            for layer, entries in books.items():
+                stored = network.get_submodule(layer)
+                assert isinstance(stored.weight, nn.Parameter)
+                stored.weight.data = clustered(stored.weight.data, entries)
             for layer, width in bits.items():
                 _round(network.get_submodule(layer), width, ranges.get(layer))
         wanted = self._repaired_outputs if draft.changed else self._outputs

@@ -48,7 +48,7 @@ class Runtime(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The contents of `model.json`."""
+    """The contents of `model.json`; `packed` are the bits that a weight takes in the file, by layer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -58,6 +58,7 @@ class ModelCard(BaseModel):
     categories: tuple[CardCategory, ...]
     runtime: Runtime
     recipe: Recipe
+    packed: dict[str, int] = Field(default_factory=dict)
     figures: dict[str, Any] = Field(default_factory=dict)
 
     def write(self, directory: Path) -> None:

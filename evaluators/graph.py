@@ -27,7 +27,7 @@ def layer_of(node: onnx.NodeProto) -> str | None:
 def layer_nodes(graph: onnx.ModelProto) -> dict[str, str]:
     """Module names of layers by the name of the node that runs them, in a lowered graph, too.
 
-    There a weight comes out of a chain of operations, whose first constant is named after it.
+    There a weight comes out of a chain of operations, of which some tensor is named after it.
     """
     producers = {name: node for node in graph.graph.node for name in node.output}
     found = {}
@@ -35,12 +35,15 @@ def layer_nodes(graph: onnx.ModelProto) -> dict[str, str]:
         if node.op_type not in _LAYERS:
             continue
         name = node.input[1]
-        while name in producers and producers[name].input:
+        while not _of_weight(name) and name in producers and producers[name].input:
             name = producers[name].input[0]
-        module, suffix, _ = name.removeprefix(PREFIX).rpartition(SUFFIX)
-        if suffix and name.startswith(PREFIX):
-            found[node.name] = module
+        if _of_weight(name):
+            found[node.name] = name.removeprefix(PREFIX).rpartition(SUFFIX)[0]
     return found
+
+
+def _of_weight(name: str) -> bool:
+    return name.startswith(PREFIX) and SUFFIX in name
 
 
 def tensor_part(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -33,3 +33,21 @@ def fell_back(bits: Mapping[str, int], kernels: Mapping[str, str], native: Seque
 def unseen(bits: Mapping[str, int], kernels: Mapping[str, str]) -> list[str]:
     """Layers of which the profile says nothing."""
     return [layer for layer in bits if layer not in kernels]
+
+
+def stored_and_run(
+    bits: Mapping[str, int], packed: Mapping[str, int], kernels: Mapping[str, str]
+) -> dict[str, int]:
+    """Number of layers by what a weight takes in the file and what ran it, such as `4 bits, ran as i8`.
+
+    Args:
+        bits: chosen, by layer.
+        packed: bits of a weight, of the layers that are packed; the others take whole bytes.
+        kernels: of `Session.kernels`.
+    """
+    found: dict[str, int] = {}
+    for layer, width in bits.items():
+        stored = packed.get(layer, max(width, 8))
+        line = f"{stored} bits, ran as {kernels.get(layer, 'unseen')}"
+        found[line] = found.get(line, 0) + 1
+    return dict(sorted(found.items()))

@@ -17,7 +17,7 @@ from evaluators.evaluation import Evaluation, Measurement
 from evaluators.exported import ModelCard, model_in
 from evaluators.finetune import fine_tune, recalibrate_norms
 from evaluators.jobs import Job, StageReport
-from evaluators.kernels import fell_back, unseen
+from evaluators.kernels import fell_back, stored_and_run, unseen
 from evaluators.latency import PairedLatency, measure_pair
 from evaluators.memory import peak_memory_mb
 from evaluators.parity import require_parity
@@ -86,6 +86,9 @@ class CandidateWorker:
                 kernels,
                 by_part(draft.network, bits_by_layer(recipe, bench.sites)),
                 bench.capabilities.bit_widths,
+            ),
+            "stored": stored_and_run(
+                by_part(draft.network, bits_by_layer(recipe, bench.sites)), card.packed, kernels
             ),
             "layers": self._layers(recipe),
             "factors": {name: [plan.kind, *plan.ranks] for name, plan in draft.factors.items()},

@@ -18,7 +18,7 @@ from spaces.methods.base import Draft, Statistics
 from spaces.methods.drop import drop_blocks
 from spaces.methods.factorize import replace_layers
 from spaces.methods.registry import METHODS
-from spaces.recipe import Recipe
+from spaces.recipe import Codebook, Quantize, Recipe
 from spaces.sites import Sites
 from spaces.slicing import LayerChannels, slice_layers
 
@@ -36,6 +36,11 @@ def check(recipe: Recipe, sites: Sites) -> None:
         if method is None:
             raise InputError("recipe.kind", choice.kind, f"choose one of {', '.join(METHODS)}")
         method.check(choice, sites)
+    for site in recipe.of_kind(Codebook):
+        bits = recipe.of_kind(Quantize).get(site)
+        if bits is not None and bits.weight_bits <= 8:
+            reason = f"has a codebook and weights of {bits.weight_bits} bits; choose one of them"
+            raise InputError("recipe.codebook.site", site, reason)
 
 
 def apply(network: nn.Module, recipe: Recipe, sites: Sites, statistics: Statistics | None = None) -> Draft:
@@ -68,6 +73,7 @@ def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
         "activations": draft.activations,
         "dropped": draft.dropped,
         "bits": draft.bits,
+        "codebooks": draft.codebooks,
     }
     save_weights(draft.network, directory / STATE_FILE)
     temporary = directory / (PLAN_FILE + ".tmp")
@@ -103,7 +109,8 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     drop_blocks(network, dropped)
     load_weights(network, directory / STATE_FILE)
     bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
-    return recipe, Draft(network, channels, bits, activations, dropped, factors)
+    codebooks = {name: int(entries) for name, entries in plan.get("codebooks", {}).items()}
+    return recipe, Draft(network, channels, bits, activations, dropped, factors, codebooks)
 
 
 def _indices(values: list[int] | None) -> tuple[int, ...] | None:

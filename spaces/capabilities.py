@@ -12,12 +12,19 @@ class Capabilities:
     Attributes:
         bit_widths: bit-widths with kernels of their own, widest first; 16 means bfloat16.
         channel_granule: channel counts that are no multiple of it waste the kernel's vector lanes.
+        asked: bit-widths that the space offers, widest first; those that are native where it is empty.
         depthwise_by_channel: int8 depthwise convolutions read activations with a scale for each channel.
     """
 
     bit_widths: tuple[int, ...] = (32,)
     channel_granule: int = 8
     depthwise_by_channel: bool = False
+    asked: tuple[int, ...] = ()
+
+    @property
+    def offered(self) -> tuple[int, ...]:
+        """Bit-widths that a space offers."""
+        return self.asked or self.bit_widths
 
     def runs_at(self, bits: int) -> int:
         """The width that a bit-width runs at: the narrowest native one that holds it, or else the widest."""

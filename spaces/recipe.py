@@ -68,8 +68,16 @@ class Drop(_Frozen):
     dropped: bool = True
 
 
-AnyChoice = Prune | Quantize | Factorize | Activate | Drop
-T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop)
+class Codebook(_Frozen):
+    """Store a layer's weight as indices into a list of so many values; 0 leaves it."""
+
+    kind: Literal["codebook"] = "codebook"
+    site: str
+    entries: Literal[0, 16, 32, 64, 128, 256]
+
+
+AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook
+T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook)
 Choice = Annotated[AnyChoice, Field(discriminator="kind")]
 
 
@@ -136,6 +144,8 @@ def is_identity(choice: AnyChoice) -> bool:
             return choice.rank_ratio == 1.0
         case Activate():
             return choice.function == "own"
+        case Codebook():
+            return choice.entries == 0
         case Drop():
             return not choice.dropped
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -16,7 +16,18 @@ from spaces.errors import InputError
 from spaces.methods.prune import kept_channels
 from spaces.methods.registry import METHODS
 from spaces.ranks import layer_ranks
-from spaces.recipe import Activate, Choice, Drop, Factorize, Prune, Quantize, Recipe, is_identity
+from spaces.recipe import (
+    BITS,
+    Activate,
+    Choice,
+    Codebook,
+    Drop,
+    Factorize,
+    Prune,
+    Quantize,
+    Recipe,
+    is_identity,
+)
 from spaces.sites import Sites
 
 Granularity = Literal["layer", "block", "stage"]
@@ -27,9 +38,12 @@ LABELS = {
     "factorize": "rank",
     "activate": "activation",
     "drop": "block",
+    "codebook": "codebook",
 }
-JOINED = ("prune", "quantize", "factorize")
+JOINED = ("prune", "quantize", "factorize", "codebook")
 """Kinds that `granularity` joins; sites of the others are blocks or stages as they are."""
+
+CPU = Capabilities(bit_widths=(32, 16, 8))
 
 Value = float | str
 """A parameter's value as Optuna and its dashboard see it."""
@@ -82,12 +96,19 @@ class SearchSpace:
         sites: on the base graph.
         parameters: at most one choice a kind and site.
         ranks_left_out: sites whose rank is not searched, because there would be too many parameters.
+        capabilities: of the target, which say at which width the others run.
     """
 
     def __init__(
-        self, detector: str, sites: Sites, parameters: Sequence[Parameter], ranks_left_out: int = 0
+        self,
+        detector: str,
+        sites: Sites,
+        parameters: Sequence[Parameter],
+        ranks_left_out: int = 0,
+        capabilities: Capabilities = CPU,
     ) -> None:
         self.detector, self.sites, self.ranks_left_out = detector, sites, ranks_left_out
+        self.capabilities = capabilities
         self.parameters = {p.name: p for p in parameters if len(p.values) > 1}
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -160,12 +181,26 @@ def build_space(
     capabilities: Capabilities,
     methods: Sequence[str] = ("prune", "quantize"),
     granularity: Granularity = "layer",
+    bit_widths: Sequence[int] = (),
 ) -> SearchSpace:
     """The space of the given methods; `block` and `stage` choose once for all sites of a block or stage.
 
+    Args:
+        detector: it says which block and stage a layer is of.
+        sites: of its base.
+        capabilities: of the target.
+        methods: kinds of choices.
+        granularity: how many sites share a choice.
+        bit_widths: on offer; the target's native ones where there are none.
+
     Raises:
-        InputError: an unknown method.
+        InputError: an unknown method, bit-widths that the target cannot serve, or methods that exclude each
+            other.
     """
+    capabilities = replace(capabilities, asked=_asked(bit_widths, capabilities))
+    if {"quantize", "codebook"} <= set(methods) and min(capabilities.offered) <= 8:
+        reason = "a layer takes 8 bits or less, or a codebook: leave one out, or ask for bit_widths [32, 16]"
+        raise InputError("space.methods", ", ".join(methods), reason)
     parameters: list[Parameter] = []
     for kind in methods:
         if kind not in METHODS:
@@ -176,7 +211,20 @@ def build_space(
             parameters.append(_parameter(name, kind, members, sites, capabilities))
     parameters = [p for p in parameters if len(p.values) > 1]
     offered = _within_limit(detector.name, sites, parameters)
-    return SearchSpace(detector.name, sites, offered, len(parameters) - len(offered))
+    return SearchSpace(detector.name, sites, offered, len(parameters) - len(offered), capabilities)
+
+
+def _asked(bit_widths: Sequence[int], capabilities: Capabilities) -> tuple[int, ...]:
+    """Bit-widths widest first, 32 among them."""
+    unknown = [bits for bits in bit_widths if bits not in BITS]
+    if unknown:
+        raise InputError("space.bit_widths", unknown[0], f"choose from {', '.join(map(str, BITS))}")
+    if bit_widths and min(bit_widths) <= 8 < min(capabilities.bit_widths):
+        native = ", ".join(map(str, capabilities.bit_widths))
+        raise InputError(
+            "space.bit_widths", min(bit_widths), f"no integers here: the target runs {native} bits"
+        )
+    return tuple(sorted({32, *bit_widths}, reverse=True)) if bit_widths else ()
 
 
 def _within_limit(detector: str, sites: Sites, parameters: list[Parameter]) -> list[Parameter]:
@@ -257,6 +305,8 @@ def _value(choice: Choice, sites: Sites) -> Value:
             return own if choice.function == "own" else choice.function
         case Drop():
             return "dropped" if choice.dropped else "kept"
+        case Codebook():
+            return float(choice.entries)
 
 
 def kept_by_site(recipe: Recipe, sites: Sites) -> dict[str, int]:
@@ -277,6 +327,22 @@ def bits_by_layer(recipe: Recipe, sites: Sites) -> dict[str, int]:
         for layer in sites.residual[block].layers:
             del bits[layer]
     return bits
+
+
+def integers_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:
+    """Weight and activation bits of the layers that have 8 or less."""
+    return {
+        layer: (choice.weight_bits, choice.activation_bits)
+        for site, choice in recipe.of_kind(Quantize).items()
+        if max(choice.weight_bits, choice.activation_bits) <= 8
+        for layer in sites.layer[site].layers
+    }
+
+
+def codebooks_by_layer(recipe: Recipe, sites: Sites) -> dict[str, int]:
+    """Entries of the codebooks of the layers that have one."""
+    books = recipe.of_kind(Codebook).items()
+    return {layer: choice.entries for site, choice in books for layer in sites.layer[site].layers}
 
 
 def widths_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:

@@ -103,7 +103,9 @@ class SpaceTable:
                                     lost[p, o, place[member.layer]] += gone * share
                         case Quantize():
                             for layer in sites.layer[choice.site].layers:
-                                width = max(choice.weight_bits, choice.activation_bits)
+                                width = self.space.capabilities.runs_at(
+                                    max(choice.weight_bits, choice.activation_bits)
+                                )
                                 self._bits[p, o, place[layer]] = width
                         case Activate():
                             followed = [place[layer] for layer in sites.activation[choice.site].layers]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -44,10 +44,17 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Written:
-    """A deployable file, and the precision hint that its engine needs with it."""
+    """A deployable file, and the precision hint that its engine needs with it.
+
+    Attributes:
+        model: the file.
+        hint: for the engine.
+        packed: bits that each weight takes in the file, by layer, where they are packed.
+    """
 
     model: Path
     hint: str = "f32"
+    packed: Mapping[str, int] = field(default_factory=dict)
 
 
 class TensorPart(Protocol):

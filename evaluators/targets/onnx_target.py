@@ -12,6 +12,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from evaluators.graph import MODEL_FILE, layer_nodes, tensor_part
+from evaluators.packing import packed
 from evaluators.targets.base import Lowered, TensorPart, Written
 from spaces.errors import InputError
 
@@ -50,12 +51,13 @@ class OnnxTarget(ABC):
         ranges: Mapping[str, LayerRanges],
         directory: Path,
     ) -> Written:
-        """Export the detector and lower it."""
+        """Export the detector, lower it, and pack weights of few distinct values."""
         from evaluators.export import export_whole
         from evaluators.exported import write_graph
 
         lowered = self.lower(export_whole(whole), bits, ranges)
-        return Written(write_graph(lowered.graph, directory), lowered.hint)
+        graph, bits_in_file = packed(lowered.graph)
+        return Written(write_graph(graph, directory), lowered.hint, bits_in_file)
 
     def prepare_tensor_part(self, model: Path, threads: int, hint: str = "f32") -> TensorPart:
         """Load the file cut before the first operation that is not of the network."""

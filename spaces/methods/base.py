@@ -29,6 +29,7 @@ class Draft:
         activations: functions put in the place of others, by the name of the activation module.
         dropped: residual blocks that are left out, by module name.
         factors: how layers were factorised.
+        codebooks: numbers of values that weights are stored in, by layer.
     """
 
     network: nn.Module
@@ -37,6 +38,7 @@ class Draft:
     activations: dict[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     factors: dict[str, Factored] = field(default_factory=dict)
+    codebooks: dict[str, int] = field(default_factory=dict)
 
     @property
     def changed(self) -> bool:

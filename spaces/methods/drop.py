@@ -38,6 +38,7 @@ class Dropping:
         for block in blocks:
             for layer in sites.residual[block].layers:
                 draft.bits.pop(layer, None)
+                draft.codebooks.pop(layer, None)
 
 
 def drop_blocks(network: nn.Module, blocks: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spaces.methods.activate import Activation
 from spaces.methods.base import Method
+from spaces.methods.codebook import Codebooks
 from spaces.methods.drop import Dropping
 from spaces.methods.factorize import Factorization
 from spaces.methods.prune import Pruning
@@ -14,5 +15,6 @@ METHODS: dict[str, Method] = {
     "factorize": Factorization(),
     "activate": Activation(),
     "quantize": Quantization(),
+    "codebook": Codebooks(),
     "drop": Dropping(),
 }

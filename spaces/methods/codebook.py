@@ -1,0 +1,65 @@
+"""Discrete levels: a layer's weight stored as indices into a short list of values (k-means)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from spaces.capabilities import Capabilities
+from spaces.errors import InputError
+from spaces.methods.base import Draft, Statistics
+from spaces.recipe import Choice, Codebook
+from spaces.sites import Sites
+
+ENTRIES = (0, 256, 64, 16)
+SAMPLES = 16384
+"""K-means looks at so many of the sorted weights at most, evenly spaced."""
+
+
+class Codebooks:
+    """The size of a layer's codebook, from none to 16 entries; a storage format.
+
+    The layer runs in the width that it would run in without: it buys size on disk, never latency. The
+    network itself stays as it is, for BatchNorm is folded into the weights before they are clustered:
+    `evaluators` does that at export.
+    """
+
+    kind = "codebook"
+
+    def options(self, sites: Sites, capabilities: Capabilities) -> dict[str, tuple[Choice, ...]]:
+        """No codebook, 256, 64 and 16 entries."""
+        return {name: tuple(Codebook(site=name, entries=e) for e in ENTRIES) for name in sites.layer}  # type: ignore[arg-type]
+
+    def check(self, choice: Choice, sites: Sites) -> None:
+        """Raises InputError for a site that is no layer site."""
+        if choice.site not in sites.layer:
+            raise InputError("recipe.codebook.site", choice.site, "is no layer site of this detector")
+
+    def apply(self, draft: Draft, choices: Sequence[Choice], sites: Sites, statistics: Statistics) -> None:
+        """Note the entries of the layers of each site."""
+        for choice in choices:
+            assert isinstance(choice, Codebook)
+            if choice.entries:
+                draft.codebooks.update(dict.fromkeys(sites.layer[choice.site].layers, choice.entries))
+
+
+def clustered(weight: Tensor, entries: int) -> Tensor:
+    """A weight with every value replaced by the nearest of at most `entries` cluster centres.
+
+    K-means in one dimension from an even grid (Han et al. 2016, arXiv 1510.00149, found that start the best:
+    it keeps entries for the few large weights), so that the same weight always gives the same codebook.
+    """
+    values = np.sort(weight.detach().double().flatten().numpy())
+    if len(np.unique(values)) <= entries:
+        return weight.clone()
+    sample = values[np.linspace(0, len(values) - 1, min(len(values), SAMPLES)).astype(int)]
+    starts = np.linspace(values[0], values[-1], entries)
+    means = KMeans(entries, init=starts[:, None], n_init=1, max_iter=50).fit(sample[:, None])
+    centres = np.sort(means.cluster_centers_[:, 0])
+    borders = torch.from_numpy((centres[1:] + centres[:-1]) / 2)
+    nearest = torch.bucketize(weight.detach().double(), borders)
+    return torch.from_numpy(centres)[nearest].to(weight.dtype)
