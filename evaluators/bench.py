@@ -22,26 +22,22 @@ from evaluators.evaluation import RESULT_VERSION
 from evaluators.exported import ModelCard, Runtime, card_categories
 from evaluators.finetune import FineTunePlan
 from evaluators.importance import taylor_scores
+from evaluators.latency import PairedLatency, measure_pair
 from evaluators.postprocess import WholeDetector
 from evaluators.quiet import QuietSlot
 from evaluators.signature import int8_weight_levels
+from evaluators.targets.base import Session
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
 from spaces.detectors.base import Detector, Postprocess, postprocess_of
 from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights
+from spaces.effects import codebooks_by_layer, integers_by_layer
 from spaces.lowrank import by_part
-from spaces.methods.codebook import clustered
+from spaces.methods.codebook import cluster_layers
 from spaces.recipe import Prune, Recipe, identity
 from spaces.sites import Sites, find_sites
-from spaces.space import (
-    MAX_PARAMETERS,
-    Granularity,
-    SearchSpace,
-    build_space,
-    codebooks_by_layer,
-    integers_by_layer,
-)
+from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
 
 BIAS_IMAGES = 16
 """They run as one batch, for a layer is corrected behind corrected ones."""
@@ -153,6 +149,10 @@ class Bench:
         picked = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
         return [network_input(images.pixels[k : k + 1], self.detector.preprocess) for k in picked]
 
+    def batch(self, images: LetterboxedImages, count: int) -> Tensor:
+        """The same as one batch `(count, 3, H, W)`."""
+        return torch.cat([torch.from_numpy(image) for image in self.inputs(images, count)])
+
     @cached_property
     def timing_inputs(self) -> list[NDArray[np.float32]]:
         """Images to time on: a blank one, the most crowded one, one with a single object, and others.
@@ -166,6 +166,23 @@ class Bench:
         inputs += [network_input(self.select.pixels[k : k + 1], self.detector.preprocess) for k in special]
         blank = np.full_like(self.select.pixels[:1], self.detector.preprocess.pad_value)
         return [*inputs, network_input(blank, self.detector.preprocess)][-count:]
+
+    def timed(self, session: Session, base: Session) -> PairedLatency:
+        """Time a session against the base while no other worker of this machine computes."""
+        settings = self.config.latency
+        with self.slot.computing():
+            inputs = self.timing_inputs
+        with self.slot.quiet():
+            return measure_pair(
+                session,
+                base,
+                inputs,
+                threads=self.config.threads,
+                min_rounds=settings.min_rounds,
+                max_rounds=settings.max_rounds,
+                target_spread=settings.target_spread,
+                time_limit_s=settings.time_limit_s,
+            )
 
     @cached_property
     def teacher(self) -> TeacherOutputs:
@@ -230,15 +247,11 @@ class Bench:
         narrow = {layer: asked.get(layer, (8, 8)) for layer, width in widths.items() if width <= 8}
         widths |= {layer: self.capabilities.runs_at(widths[layer]) for layer in narrow}
         whole, ranges = self.whole(network), {}
-        for layer, entries in by_part(network, codebooks_by_layer(recipe, self.sites)).items():
-            stored = whole.network.get_submodule(layer)
-            assert isinstance(stored.weight, nn.Parameter)
-            stored.weight.data = clustered(stored.weight.data, entries)
+        cluster_layers(whole.network, by_part(network, codebooks_by_layer(recipe, self.sites)))
         if narrow:
             ranges = self._calibrated(whole.network, narrow)
             if self.config.quantization.bias_correction:
-                inputs = self.inputs(self.fit, min(self.config.calibration_images, BIAS_IMAGES))
-                images = torch.cat([torch.from_numpy(image) for image in inputs])
+                images = self.batch(self.fit, min(self.config.calibration_images, BIAS_IMAGES))
                 correct_biases(whole.network, ranges, images, int8_weight_levels())
         written = self.target.write(whole, widths, ranges, directory)
         card = ModelCard(

@@ -14,10 +14,10 @@ from evaluators.rounding import round_layer
 from evaluators.signature import int8_weight_levels
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
+from spaces.effects import bits_by_layer, codebooks_by_layer, integers_by_layer
 from spaces.lowrank import by_part
-from spaces.methods.codebook import clustered
+from spaces.methods.codebook import cluster_layers
 from spaces.recipe import Recipe
-from spaces.space import bits_by_layer, codebooks_by_layer, integers_by_layer
 
 IMAGES = 12
 
@@ -30,9 +30,8 @@ class Damage:
 
     def __init__(self, bench: Bench, images: int = IMAGES) -> None:
         self._bench = bench
-        inputs = bench.inputs(bench.fit, images)
         with bench.slot.computing(), torch.no_grad():
-            self._images = torch.cat([torch.from_numpy(image) for image in inputs])
+            self._images = bench.batch(bench.fit, images)
             self._outputs: Outputs = bench.base(self._images)
             repaired: Outputs = self._repaired(copy.deepcopy(bench.base))(self._images)
             self._repaired_outputs = repaired
@@ -63,10 +62,7 @@ class Damage:
         books = by_part(network, codebooks_by_layer(recipe, bench.sites))
         if bits or books:
             network = bench.detector.simplified(network)
-            for layer, entries in books.items():
-                stored = network.get_submodule(layer)
-                assert isinstance(stored.weight, nn.Parameter)
-                stored.weight.data = clustered(stored.weight.data, entries)
+            cluster_layers(network, books)
             for layer, width in bits.items():
                 _round(network.get_submodule(layer), width, ranges.get(layer))
         wanted = self._repaired_outputs if draft.changed else self._outputs

@@ -18,18 +18,18 @@ from evaluators.exported import ModelCard, model_in
 from evaluators.finetune import fine_tune, recalibrate_norms
 from evaluators.jobs import Job, StageReport
 from evaluators.kernels import fell_back, stored_and_run, unseen
-from evaluators.latency import PairedLatency, measure_pair
+from evaluators.latency import PairedLatency
 from evaluators.memory import peak_memory_mb
 from evaluators.parity import require_parity
 from evaluators.stage_clock import StageClock
 from evaluators.targets.base import Predicting, Session
 from evaluators.torch_session import TorchSession
 from spaces.apply import apply, parameters, save
+from spaces.effects import bits_by_layer, widths_by_layer
 from spaces.layers import count_macs
 from spaces.lowrank import by_part
 from spaces.methods.base import Draft
 from spaces.recipe import Recipe
-from spaces.space import bits_by_layer, widths_by_layer
 
 BASE_FOLDER = "base"
 REFERENCE_FILE = "reference.json"
@@ -75,21 +75,16 @@ class CandidateWorker:
             yield clock.ended("export", "score")
         figures = self._scored(session)
         yield clock.ended("score", "wait for a quiet moment to time it")
-        paired = self._timed(session)
+        paired = bench.timed(session, self._base_session())
         yield clock.ended("latency", "")
         metrics = self._metrics(draft, recipe, folder, figures, paired, step_ms, card.runtime.hint)
         with bench.slot.computing():  # the profile loads and runs the model once more
             kernels = session.kernels()
+        bits = by_part(draft.network, bits_by_layer(recipe, bench.sites))
         details = {
             "latency": paired.model_dump(mode="json"),
-            **_kernels(
-                kernels,
-                by_part(draft.network, bits_by_layer(recipe, bench.sites)),
-                bench.capabilities.bit_widths,
-            ),
-            "stored": stored_and_run(
-                by_part(draft.network, bits_by_layer(recipe, bench.sites)), card.packed, kernels
-            ),
+            **_kernels(kernels, bits, bench.capabilities.bit_widths),
+            "stored": stored_and_run(bits, card.packed, kernels),
             "layers": self._layers(recipe),
             "factors": {name: [plan.kind, *plan.ranks] for name, plan in draft.factors.items()},
         }
@@ -148,23 +143,6 @@ class CandidateWorker:
                 session, bench.splits["select"], bench.select, bench.detector.preprocess
             )
         return figures
-
-    def _timed(self, session: Session) -> PairedLatency:
-        """Time a candidate against the base while no other worker of this machine computes."""
-        bench = self.bench
-        base, inputs = self._base_session(), bench.timing_inputs
-        settings = bench.config.latency
-        with bench.slot.quiet():
-            return measure_pair(
-                session,
-                base,
-                inputs,
-                threads=bench.config.threads,
-                min_rounds=settings.min_rounds,
-                max_rounds=settings.max_rounds,
-                target_spread=settings.target_spread,
-                time_limit_s=settings.time_limit_s,
-            )
 
     def _base_session(self) -> Session:
         if self._base is None:
@@ -285,7 +263,7 @@ class CandidateWorker:
             model, card = bench.export(draft.network, bits, job.recipe, folder)
             session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
         yield clock.ended("export", "wait for a quiet moment to time it")
-        paired = self._timed(session)
+        paired = bench.timed(session, self._base_session())
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()

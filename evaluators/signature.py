@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def machine_signature() -> dict[str, Any]:
     cpu, isa = _cpu()
     return {
         "cpu": cpu,
-        "isa": isa,
+        "isa": list(isa),
         "cores": os.cpu_count() or 0,
         "os": f"{platform.system()} {platform.machine()}",
         "python": ".".join(platform.python_version_tuple()[:2]),
@@ -72,7 +73,9 @@ def parse_cpuinfo(text: str) -> tuple[str, list[str]]:
     return fields.get("model name", ""), [flag for flag in ISA_FLAGS if flag in flags]
 
 
+@cache
 def _cpu() -> tuple[str, list[str]]:
+    """Asked for every layer that is rounded, and the same as long as the process lives."""
     file = Path("/proc/cpuinfo")
     model, isa = parse_cpuinfo(file.read_text()) if file.exists() else ("", [])
     return model or platform.processor() or platform.machine(), isa

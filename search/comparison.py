@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +12,7 @@ from evaluators.accuracy import map_difference_interval, score_session
 from evaluators.bench import Bench
 from evaluators.latency import measure_many
 from evaluators.targets.base import Session
+from search.benchmarks.reports import table, write
 from search.figures import front_png
 from search.front import Front
 from search.report import Peer
@@ -114,17 +113,14 @@ def write_report(
     against = next(row for row in rows if row.name == reference)
     head = ["model", *[f"AP {s}" for s in splits], *[f"difference {s}" for s in splits]]
     head += ["latency / base", f"speed-up over {reference}", "MB"]
-    lines = [f"# {title}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    body = []
     for row in rows:
         cells = [row.name, *[f"{row.map[s]:.2f}" for s in splits]]
         cells += ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference[s]) for s in splits]
         cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*row.ratio)]
         cells += [f"{against.ratio[0] / row.ratio[0]:.2f}x", f"{row.size_mb:.2f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *[f"- {key}: {value}" for key, value in facts.items()], ""]
-    _write(file, "\n".join(lines))
-    content = {"title": title, "facts": dict(facts), "models": [asdict(row) for row in rows]}
-    _write(file.with_suffix(".json"), json.dumps(content, indent=1))
+        body.append(cells)
+    write(file, title, table(head, body), {"models": [asdict(row) for row in rows]}, facts)
 
 
 def write_picture(
@@ -170,10 +166,3 @@ def facts_of(bench: Bench, command: str) -> dict[str, str]:
     signature = bench.target.signature(bench.config.threads)
     shown = {str(key): str(value) for key, value in signature.items()}
     return shown | {"command": command, "date": time.strftime("%Y-%m-%d %H:%M")}
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(text)
-    os.replace(draft, file)

@@ -97,14 +97,19 @@ class LatencyLearner:
         return fit_features(self._table, matrix, np.concatenate([self._ratios, finished.ratio]))
 
 
-def latency_learner(table: SpaceTable, study: SearchStudy) -> LatencyLearner:
-    """A learner with the study's probes."""
+def probes_of(table: SpaceTable, study: SearchStudy) -> tuple[Options, NDArray[np.float64]]:
+    """Recipes `(K, P)` that the study only timed, and their latency ratios `(K,)`."""
     recipes, ratios = [], []
     for name, result in study.job_results().items():
         if name.startswith(PROBE) and "ratio" in result:
             recipes.append(table.space.params(Recipe.from_json(result["recipe"])))
             ratios.append(float(result["ratio"]))
-    return LatencyLearner(table, table.options(recipes), np.array(ratios, float))
+    return table.options(recipes), np.array(ratios, float)
+
+
+def latency_learner(table: SpaceTable, study: SearchStudy) -> LatencyLearner:
+    """A learner with the study's probes."""
+    return LatencyLearner(table, *probes_of(table, study))
 
 
 def measured_damage(table: SpaceTable, study: SearchStudy) -> NDArray[np.float64] | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 from evaluators.bench import Bench
 from evaluators.exported import model_in
-from evaluators.latency import measure_pair
 from evaluators.pipeline import BASE_FOLDER, REFERENCE_FILE
 from search.front import FINAL, NEW_REFERENCE
 from search.retention import base_number
@@ -78,17 +77,4 @@ def _measured(bench: Bench, model: Path) -> float:
     """Median milliseconds of the base, timed in pairs with itself as a candidate is."""
     with bench.slot.computing():
         base, again = (bench.target.prepare(model, bench.config.threads) for _ in range(2))
-        inputs = bench.timing_inputs
-    settings = bench.config.latency
-    with bench.slot.quiet():
-        paired = measure_pair(
-            again,
-            base,
-            inputs,
-            threads=bench.config.threads,
-            min_rounds=settings.min_rounds,
-            max_rounds=settings.max_rounds,
-            target_spread=settings.target_spread,
-            time_limit_s=settings.time_limit_s,
-        )
-    return paired.base_ms.p50
+    return bench.timed(again, base).base_ms.p50

@@ -155,10 +155,11 @@ def _create_or_load(name: str, storage: RDBStorage, objectives: Mapping[str, Dir
 
 def target_differences(stored: Mapping[str, Any], now: Fingerprint) -> list[str]:
     """Lines of what differs in the target's signature: machine, engine and version, threads."""
-    return [line for line in _differences(stored, now) if line.startswith(SIGNATURE)]
+    return [line for line in differences_of(stored, now) if line.startswith(SIGNATURE)]
 
 
-def _differences(stored: Mapping[str, Any], now: Fingerprint) -> list[str]:
+def differences_of(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines of what differs between two fingerprints, before and now."""
     return [
         f"{key}: {stored.get(key)!r} -> {now.get(key)!r}"
         for key in sorted({*stored, *now})
@@ -173,7 +174,7 @@ def _refuse_differences(
     new_reference: bool,
 ) -> None:
     stored: dict[str, Any] = study.user_attrs[FINGERPRINT]
-    differences = _differences(stored, fingerprint)
+    differences = differences_of(stored, fingerprint)
     elsewhere = target_differences(stored, fingerprint)
     if new_reference:
         differences = [line for line in differences if line not in elsewhere]

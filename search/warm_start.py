@@ -13,7 +13,7 @@ from search.preparation import PREPARED
 from search.retention import front_numbers
 from search.seeds import MOST
 from search.sensitivity import CHUNKS, JOB, Sensitivity, sensitivity_jobs, stored_sensitivity
-from search.study import SearchStudy
+from search.study import SearchStudy, differences_of
 from search.trials import JOB_PREFIX, recipe_of
 from spaces.errors import InputError
 from spaces.recipe import Recipe
@@ -42,10 +42,7 @@ def refuse_unfit(source: SearchStudy, fingerprint: Mapping[str, Any], space: Sea
     Raises:
         InputError: another detector or input size, no parameter in common, or no sensitivity yet.
     """
-    said = source.fingerprint
-    different = [
-        f"{k}: {said.get(k)!r} -> {fingerprint.get(k)!r}" for k in FIT if said.get(k) != fingerprint.get(k)
-    ]
+    different = differences_of(*({k: said.get(k) for k in FIT} for said in (source.fingerprint, fingerprint)))
     if different:
         raise InputError("--warm-start", source.name, f"does not fit this search ({'; '.join(different)})")
     known = stored_sensitivity(source)

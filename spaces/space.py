@@ -12,10 +12,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from spaces.capabilities import Capabilities
 from spaces.detectors.base import Detector
+from spaces.effects import total_macs
 from spaces.errors import InputError
-from spaces.methods.prune import kept_channels
 from spaces.methods.registry import METHODS
-from spaces.ranks import layer_ranks
 from spaces.recipe import (
     BITS,
     Activate,
@@ -307,58 +306,3 @@ def _value(choice: Choice, sites: Sites) -> Value:
             return "dropped" if choice.dropped else "kept"
         case Codebook():
             return float(choice.entries)
-
-
-def kept_by_site(recipe: Recipe, sites: Sites) -> dict[str, int]:
-    """Channels left at the pruned sites of a recipe."""
-    return {
-        site: kept_channels(sites.channel[site].channels, choice.sparsity)
-        for site, choice in recipe.of_kind(Prune).items()
-    }
-
-
-def bits_by_layer(recipe: Recipe, sites: Sites) -> dict[str, int]:
-    """The bit-width that every layer runs at, 32 where nothing is chosen; dropped layers are left out."""
-    bits = dict.fromkeys(sites.facts, 32)
-    for site, choice in recipe.of_kind(Quantize).items():
-        for layer in sites.layer[site].layers:
-            bits[layer] = max(choice.weight_bits, choice.activation_bits)
-    for block in recipe.of_kind(Drop):
-        for layer in sites.residual[block].layers:
-            del bits[layer]
-    return bits
-
-
-def integers_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:
-    """Weight and activation bits of the layers that have 8 or less."""
-    return {
-        layer: (choice.weight_bits, choice.activation_bits)
-        for site, choice in recipe.of_kind(Quantize).items()
-        if max(choice.weight_bits, choice.activation_bits) <= 8
-        for layer in sites.layer[site].layers
-    }
-
-
-def codebooks_by_layer(recipe: Recipe, sites: Sites) -> dict[str, int]:
-    """Entries of the codebooks of the layers that have one."""
-    books = recipe.of_kind(Codebook).items()
-    return {layer: choice.entries for site, choice in books for layer in sites.layer[site].layers}
-
-
-def widths_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:
-    """Input and output channels of every layer under a recipe; none where it is dropped."""
-    return sites.widths(kept_by_site(recipe, sites), recipe.of_kind(Drop))
-
-
-def total_macs(recipe: Recipe, sites: Sites) -> int:
-    """Multiply-accumulates of one image under a recipe.
-
-    Factorised layers count as Tucker-2 where a spatial split, which takes no more, may be chosen.
-    """
-    widths = widths_by_layer(recipe, sites)
-    macs = {name: facts.macs(*widths[name]) for name, facts in sites.facts.items()}
-    for site, choice in recipe.of_kind(Factorize).items():
-        for name in sites.layer[site].layers:
-            ranks = layer_ranks(sites.facts[name], *widths[name], choice.rank_ratio, choice.multiple)
-            macs[name] = macs[name] if ranks is None else ranks[2]
-    return sum(macs.values())

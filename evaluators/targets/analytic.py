@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 
 from evaluators.graph import layer_of
 from evaluators.precision import quantized, stored_in_bfloat16
+from evaluators.rewriting import copied, replace_nodes, without_unread
 from evaluators.signature import machine_signature
 from evaluators.targets.base import Detections, Lowered
 from evaluators.targets.onnx_target import OnnxTarget, read_graph
@@ -131,23 +132,19 @@ def few_levels(
         bits: by layer, 2 to 7.
         ranges: of each of these layers.
     """
-    lowered = onnx.ModelProto()
-    lowered.CopyFrom(graph)
+    lowered = copied(graph)
     tensors = {tensor.name: tensor for tensor in lowered.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     added: list[onnx.TensorProto] = []
-    for node in graph.graph.node:
-        copied = onnx.NodeProto()
-        copied.CopyFrom(node)
+    for node in lowered.graph.node:
         layer = layer_of(node)
         if layer in bits and layer is not None:
-            copied.input[0] = _rounded(node.input[0], layer, ranges[layer].read, bits[layer], nodes, added)
-            copied.input[1] = _few_weights(tensors.pop(node.input[1]), bits[layer], nodes, added)
-        nodes.append(copied)
-    del lowered.graph.node[:], lowered.graph.initializer[:], lowered.graph.value_info[:]
-    lowered.graph.node.extend(nodes)
-    lowered.graph.initializer.extend([*tensors.values(), *added])
-    return lowered
+            node.input[0] = _rounded(node.input[0], layer, ranges[layer].read, bits[layer], nodes, added)
+            node.input[1] = _few_weights(tensors[node.input[1]], bits[layer], nodes, added)
+        nodes.append(node)
+    replace_nodes(lowered, nodes)
+    lowered.graph.initializer.extend(added)
+    return without_unread(lowered)
 
 
 def _rounded(

@@ -15,6 +15,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from evaluators.precision import quantized
+from evaluators.rewriting import copied
 from evaluators.signature import int8_weight_levels, machine_signature
 from evaluators.targets.base import Detections, Lowered
 from evaluators.targets.onnx_target import OnnxTarget, by_layer
@@ -44,10 +45,10 @@ class OnnxRuntime(OnnxTarget):
     ) -> Lowered:
         """Int8 as Q/DQ around the layer and behind it, which is what the engine fuses."""
         narrow = {layer: ranges[layer] for layer, width in bits.items() if width <= 8}
-        lowered = onnx.ModelProto()
-        lowered.CopyFrom(graph)
         if narrow:
             lowered = quantized(graph, narrow, outputs_too=True, weight_levels=int8_weight_levels())
+        else:
+            lowered = copied(graph)
         for domain in lowered.opset_import:
             if domain.domain in ("", "ai.onnx"):
                 domain.version = min(domain.version, OPSET)

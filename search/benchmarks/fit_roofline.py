@@ -21,9 +21,9 @@ from evaluators.targets.roofline import Description, Work, roofline, work_of
 from search.benchmarks.recipes import measured, options_of, unseen_recipes
 from search.benchmarks.reports import rank_correlation, table, write
 from search.strategy import probe_recipes
+from spaces.effects import bits_by_layer
 from spaces.errors import InputError
 from spaces.recipe import Recipe
-from spaces.space import bits_by_layer
 from spaces.table import SpaceTable
 
 LIMITS = 1e4
@@ -169,8 +169,7 @@ def _measured(
     rows = []
     for made, latency in measured(bench, recipes, folder, say):
         bits = bits_by_layer(made.recipe, bench.sites)
-        native = bench.capabilities.bit_widths
-        runs = {layer: min((w for w in native if w >= width), default=32) for layer, width in bits.items()}
+        runs = {layer: bench.capabilities.runs_at(width) for layer, width in bits.items()}
         rows.append(Measured(made.recipe, work_of(onnx.load(made.file), runs, granule), latency))
     return rows
 

@@ -15,7 +15,6 @@ from evaluators.bench import Bench
 from evaluators.latency import PairedLatency, measure_many, same_speed
 from evaluators.targets.base import Detections, Session, TensorPart
 from search.benchmarks.load import training
-from search.benchmarks.recipes import timed
 from search.benchmarks.reports import rank_correlation, table, write
 from spaces.errors import InputError
 
@@ -72,7 +71,7 @@ def compare_conditions(
         found = {}
         for model in models:
             started = time.monotonic()
-            latency = timed(bench, model.session, base)
+            latency = bench.timed(model.session, base)
             found[model.name] = Timed(latency, time.monotonic() - started)
             say(f"  {model.name}: {latency.ratio:.3f} [{latency.low:.3f}, {latency.high:.3f}]")
         return found

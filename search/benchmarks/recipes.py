@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.bench import Bench
-from evaluators.latency import PairedLatency, measure_pair
+from evaluators.latency import PairedLatency
 from evaluators.latency_model import LatencyModel
 from evaluators.targets.base import Session
 from search.strategy import probe_recipes
 from spaces.apply import apply
+from spaces.effects import bits_by_layer
 from spaces.recipe import Recipe
-from spaces.space import bits_by_layer
 from spaces.table import Options, SpaceTable
 
 POOL = 600
@@ -48,22 +48,6 @@ def exported(bench: Bench, recipe: Recipe, folder: Path) -> Exported:
     return Exported(recipe, file, session)
 
 
-def timed(bench: Bench, session: Session, base: Session) -> PairedLatency:
-    """Time a session against the base as trials are timed, while the machine is quiet."""
-    settings = bench.config.latency
-    with bench.slot.quiet():
-        return measure_pair(
-            session,
-            base,
-            bench.timing_inputs,
-            threads=bench.config.threads,
-            min_rounds=settings.min_rounds,
-            max_rounds=settings.max_rounds,
-            target_spread=settings.target_spread,
-            time_limit_s=settings.time_limit_s,
-        )
-
-
 def measured(
     bench: Bench, recipes: Sequence[Recipe], folder: Path, say: Callable[[str], None]
 ) -> Iterator[tuple[Exported, PairedLatency]]:
@@ -71,7 +55,7 @@ def measured(
     base = exported(bench, bench.identity, folder / "base").session
     for count, recipe in enumerate(recipes, start=1):
         made = exported(bench, recipe, folder / "recipe")
-        found = timed(bench, made.session, base)
+        found = bench.timed(made.session, base)
         say(f"  {count}/{len(recipes)}: {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]")
         yield made, found
 

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evaluators.bench import Bench
-from search.knowledge import PROBE, finished_trials, measured_damage
+from search.knowledge import finished_trials, measured_damage, probes_of
 from search.study import SearchStudy
 from spaces.capabilities import Capabilities
 from spaces.detectors.registry import make_detector
 from spaces.errors import InputError
-from spaces.recipe import Recipe
 from spaces.sites import find_sites
 from spaces.space import MAX_PARAMETERS, Granularity, build_space
 from spaces.table import Options, SpaceTable
@@ -125,15 +124,13 @@ def gathered(bench: Bench, studies: Sequence[SearchStudy]) -> Recorded:
         found = finished_trials(table, study.optuna.get_trials(deepcopy=False))
         for code, ap, ratio in zip(encoded(found.options), found.map, found.ratio, strict=True):
             rows.setdefault(code, (study.name, float(ap), float(ratio)))
-    prepared = next((s for s in studies if measured_damage(table, s) is not None), None)
+    known = ((study, measured_damage(table, study)) for study in studies)
+    prepared, damage = next((pair for pair in known if pair[1] is not None), (first, None))
     base = encoded(np.zeros((1, len(table.names)), np.int64))[0]
-    if prepared is None or base not in rows:
+    if damage is None or base not in rows:
         raise InputError("study", first.name, "none of the studies has a base and sensitivities")
-    damage = measured_damage(table, prepared)
-    assert damage is not None
-    probes = [r for name, r in prepared.job_results().items() if name.startswith(PROBE) and "ratio" in r]
-    params = [table.space.params(Recipe.from_json(probe["recipe"])) for probe in probes]
-    config, capabilities = bench.config, bench.target.capabilities
+    probes, probe_ratios = probes_of(table, prepared)
+    config, capabilities = bench.config, bench.capabilities
     return Recorded(
         detector=config.model,
         classes=len(bench.categories),
@@ -150,8 +147,8 @@ def gathered(bench: Bench, studies: Sequence[SearchStudy]) -> Recorded:
         map=tuple(round(ap, 3) for _, ap, _ in rows.values()),
         ratio=tuple(round(ratio, 5) for _, _, ratio in rows.values()),
         damage=tuple(tuple(round(d, 6) if np.isfinite(d) else None for d in row) for row in damage.tolist()),
-        probes=tuple(encoded(table.options(params))),
-        probe_ratio=tuple(round(float(probe["ratio"]), 5) for probe in probes),
+        probes=tuple(encoded(probes)),
+        probe_ratio=tuple(round(float(ratio), 5) for ratio in probe_ratios),
     )
 
 

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 
 from evaluators.evaluation import Evaluation, Measurement
-from evaluators.latency_model import LatencyModel, fit_latency
 from evaluators.ranking import hypervolume
 from search.benchmarks.recorded import Recorded, decoded
 from search.benchmarks.surrogate import Surrogate
-from search.knowledge import Finished
+from search.knowledge import Finished, LatencyLearner
 from search.sampler import FrontSampler
 from search.seeds import seed_recipes
 from search.strategy import SAMPLERS
@@ -38,20 +37,14 @@ class Known:
     Attributes:
         table: of the space.
         damage: `(P, O)` of single options, measured without training.
-        probes, probe_ratio: `(K, P)` recipes and their latency ratios `(K,)`.
+        latency: makes the latency model of the probes and the finished trials.
         trials: of the whole study; the seeds take a share of them.
     """
 
     table: SpaceTable
     damage: Values
-    probes: NDArray[np.int64]
-    probe_ratio: Values
+    latency: LatencyLearner
     trials: int
-
-    def latency(self, finished: Finished) -> LatencyModel:
-        """The latency model of the probes and the finished trials."""
-        options = np.concatenate([self.probes, finished.options])
-        return fit_latency(self.table, options, np.concatenate([self.probe_ratio, finished.ratio]))
 
     def seeds(self) -> list[NDArray[np.int64]]:
         """The recipes that a seeded study begins with, the base not among them."""
@@ -63,7 +56,8 @@ class Known:
 def known_from(recorded: Recorded, table: SpaceTable, trials: int) -> Known:
     """What the recorded studies measured before their first candidate."""
     probes = decoded(recorded.probes).reshape(-1, len(table.names))
-    return Known(table, recorded.damages, probes, np.array(recorded.probe_ratio), trials)
+    learner = LatencyLearner(table, probes, np.array(recorded.probe_ratio))
+    return Known(table, recorded.damages, learner, trials)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from search.benchmarks.recorded import Recorded
 from search.benchmarks.replay import CORNER_LOSS, Outcome, with_interval
+from search.benchmarks.reports import table
 from search.benchmarks.surrogate import NEAR, Surrogate
 
 OURS = "front"
@@ -32,20 +33,35 @@ def write_replay(
         "over the seeds with 95 % bootstrap intervals. Space, sensitivities and probes are those of the "
         f"recorded studies; {len(recorded.recipes)} really evaluated recipes teach the surrogate.",
         "",
-        "| sampler | " + " | ".join(f"{t} trials" for t in points) + " |",
-        "|---|" + "---|" * len(points),
+        *table(
+            ["sampler", *(f"{t} trials" for t in points)],
+            [[name, *(_cell(outcome.at(t)) for t in points)] for name, outcome in outcomes.items()],
+        ),
+        "",
+        *_verdicts(outcomes, longest),
+        "",
+        "## The surrogate",
+        "",
+        *table(
+            [
+                "predicts",
+                "model",
+                "rank correlation, unseen",
+                "median error",
+                f"the same at losses <= {NEAR:g} AP",
+            ],
+            [
+                [
+                    name,
+                    surrogate.kind[name],
+                    f"{check.rank:.3f}",
+                    f"{check.error:.3f}",
+                    f"{check.near_rank:.3f}, {check.near_error:.3f}",
+                ]
+                for name, check in surrogate.checks.items()
+            ],
+        ),
     ]
-    for name, outcome in outcomes.items():
-        cells = [_cell(outcome.at(t)) for t in points]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", *_verdicts(outcomes, longest), "", "## The surrogate", ""]
-    lines += [
-        f"| predicts | model | rank correlation, unseen | median error | the same at losses <= {NEAR:g} AP |",
-        "|---|---|---|---|---|",
-    ]
-    for name, check in surrogate.checks.items():
-        near = f"{check.near_rank:.3f}, {check.near_error:.3f}"
-        lines.append(f"| {name} | {surrogate.kind[name]} | {check.rank:.3f} | {check.error:.3f} | {near} |")
     sources = {s: recorded.source.count(s) for s in dict.fromkeys(recorded.source)}
     lines += ["", "Recipes by the study that proposed them: "]
     lines[-1] += ", ".join(f"{name} {count}" for name, count in sources.items()) + "."

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import spearmanr
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, Matern, WhiteKernel
 from sklearn.model_selection import KFold
 
 from search.benchmarks.recorded import Recorded
+from search.benchmarks.reports import rank_correlation
 from spaces.table import Options, SpaceTable
 
 Values = NDArray[np.float64]
@@ -76,21 +76,20 @@ class Surrogate:
         self, name: str, inputs: Values, values: Values, scale: _Logarithm, near: NDArray[np.bool_], seed: int
     ) -> Callable[[Values], Values]:
         found = {}
-        for kind, make in {"Gaussian process": _gaussian_process, "forest": _forest}.items():
+        for kind, make in MODELS.items():
             unseen = np.empty(len(values))
             for fit, test in KFold(FOLDS, shuffle=True, random_state=seed).split(inputs):
                 model = make(seed).fit(inputs[fit], scale.forth(values[fit]))
                 unseen[test] = scale.back(model.predict(inputs[test]))
             found[kind] = Check(
-                rank=float(spearmanr(values, unseen).statistic),
+                rank=rank_correlation(values, unseen),
                 error=float(np.median(np.abs(values - unseen))),
-                near_rank=float(spearmanr(values[near], unseen[near]).statistic),
+                near_rank=rank_correlation(values[near], unseen[near]),
                 near_error=float(np.median(np.abs(values - unseen)[near])),
             )
         self.kind[name] = max(found, key=lambda kind: found[kind].near_rank)
         self.checks[name] = found[self.kind[name]]
-        chosen = _gaussian_process if self.kind[name] == "Gaussian process" else _forest
-        model = chosen(seed).fit(inputs, scale.forth(values))
+        model = MODELS[self.kind[name]](seed).fit(inputs, scale.forth(values))
         return lambda rows: scale.back(model.predict(rows))
 
 
@@ -115,3 +114,9 @@ def _gaussian_process(seed: int) -> GaussianProcessRegressor:
 
 def _forest(seed: int) -> ExtraTreesRegressor:
     return ExtraTreesRegressor(400, min_samples_leaf=2, max_features=0.5, random_state=seed, n_jobs=1)
+
+
+MODELS: dict[str, Callable[[int], GaussianProcessRegressor | ExtraTreesRegressor]] = {
+    "Gaussian process": _gaussian_process,
+    "forest": _forest,
+}

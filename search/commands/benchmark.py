@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +10,17 @@ import typer
 from search.commands.measure import evaluate_profile, latency, predict, roofline
 from search.commands.options import (
     DEFAULT_STORAGE,
+    RESULTS,
     Checkpoint,
     Data,
     Storage,
     StudyName,
+    benchmark_command,
     config_of,
     overrides,
     say,
 )
 from search.commands.replay import gather, replay_search
-
-RESULTS = Path("scripts/results")
 
 benchmark = typer.Typer(help="Reproduce the published comparisons.", rich_markup_mode=None)
 
@@ -79,8 +77,7 @@ def peers(
     splits = split or ["select", "report"]
     rows = compare(bench, models, "OpenVINO f32", splits, say)
     report = output / f"peers_{study}.md"
-    given = [word for word in sys.argv[1:] if word != "benchmark"]  # the script leaves it out
-    facts = facts_of(bench, shlex.join(["paredown", "benchmark", *given]))
+    facts = facts_of(bench, benchmark_command())
     title = f"Front of {study} and its peers"
     write_report(report, title, rows, "OpenVINO bf16", facts)
     front = front_of(opened)

@@ -120,8 +120,8 @@ def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> s
     from evaluators.exported import CARD_FILE, model_in
     from search.trials import evaluation_of
     from spaces.apply import PLAN_FILE, STATE_FILE, rebuild
+    from spaces.effects import bits_by_layer
     from spaces.errors import InputError
-    from spaces.space import bits_by_layer
 
     source = study.trial_folder(number)
     if model_in(source).is_file() and (source / CARD_FILE).is_file():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +10,7 @@ import typer
 
 from search.commands.options import (
     DEFAULT_STORAGE,
+    RESULTS,
     Checkpoint,
     ConfigFile,
     Data,
@@ -20,6 +19,7 @@ from search.commands.options import (
     Storage,
     Target,
     Threads,
+    benchmark_command,
     config_of,
     overrides,
     say,
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from search.benchmarks.quietness import Model
     from search.config import SearchConfig
 
-RESULTS = Path("scripts/results")
 Output = Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")]
 Seen = Annotated[int, typer.Option("--seen", min=8, help="Recipes to fit on.")]
 Unseen = Annotated[int, typer.Option("--unseen", min=4, help="Recipes to try it on.")]
@@ -70,7 +69,7 @@ def latency(
         tensors = tensor_times(bench, [Model("base", base.session, parts), *chosen], base.session)
     report = output / f"latency_{_file_name(settings)}.md"
     title = f"Latency of {settings.name} in {bench.target.name}, idle and beside training workers"
-    write_quietness(report, title, results, tensors, count, facts_of(bench, _command()))
+    write_quietness(report, title, results, tensors, count, facts_of(bench, benchmark_command()))
     say(report.read_text())
     return 0
 
@@ -96,7 +95,7 @@ def predict(
         found, own = predictions(bench, seen, unseen, settings.seed, Path(folder), say)
     report = output / f"predict_{_file_name(settings)}.md"
     title = f"Latency model of {settings.name} in {bench.target.name}"
-    write_predictions(report, title, seen, found, own, facts_of(bench, _command()))
+    write_predictions(report, title, seen, found, own, facts_of(bench, benchmark_command()))
     say(report.read_text())
     return 0
 
@@ -121,7 +120,7 @@ def evaluate_profile(
         found = profile_of(bench, bench.split(split), Path(folder), say)
     report = output / f"evaluate_{_file_name(settings)}.md"
     title = f"Scoring {settings.name} in {bench.target.name}"
-    write_profile(report, title, found, facts_of(bench, _command()))
+    write_profile(report, title, found, facts_of(bench, benchmark_command()))
     say(report.read_text())
     return 0
 
@@ -153,7 +152,7 @@ def roofline(
     bench = _bench(settings)
     with tempfile.TemporaryDirectory() as folder:
         first, others = recipes_for_roofline(bench, seen, unseen, settings.seed, Path(folder), say)
-    facts = facts_of(bench, _command())
+    facts = facts_of(bench, benchmark_command())
     name = f"{facts['cpu']}, {bench.target.name}, {settings.threads} thread(s)"
     fitted = fit_description(name, first, bench.capabilities.channel_granule)
     report = output / f"roofline_{_file_name(settings)}.md"
@@ -220,8 +219,3 @@ def _models(
 
 def _file_name(settings: SearchConfig) -> str:
     return f"{settings.name}_{Path(settings.target).stem}"
-
-
-def _command() -> str:
-    given = [word for word in sys.argv[1:] if word != "benchmark"]  # the script leaves it out
-    return shlex.join(["paredown", "benchmark", *given])

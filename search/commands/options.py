@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:  # torch and Ray are behind these; `paredown --help` must not 
     from search.study import SearchStudy
 
 DEFAULT_STORAGE = "sqlite:///runs/paredown.db"
+RESULTS = Path("scripts/results")
 CONFIG = "config"
 """Study attribute: the configuration that the study was last opened with."""
 
@@ -84,6 +87,12 @@ def config_of(study: SearchStudy, changes: dict[str, Any]) -> SearchConfig:
     if not isinstance(document, dict):
         raise InputError("study", study.name, "holds no configuration; it was not made by paredown search")
     return changed_config(document, changes, f"study {study.name}")
+
+
+def benchmark_command() -> str:
+    """The command line of a benchmark as a report shows it."""
+    given = [word for word in sys.argv[1:] if word != "benchmark"]  # the script leaves it out
+    return shlex.join(["paredown", "benchmark", *given])
 
 
 def say(line: str) -> None:

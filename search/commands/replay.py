@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from search.commands.options import DEFAULT_STORAGE, Checkpoint, Data, Storage, config_of, overrides, say
+from search.commands.options import (
+    DEFAULT_STORAGE,
+    RESULTS,
+    Checkpoint,
+    Data,
+    Storage,
+    benchmark_command,
+    config_of,
+    overrides,
+    say,
+)
 
-RECIPES = Path("scripts/results/recipes_digits.json")
+RECIPES = RESULTS / "recipes_digits.json"
 
 
 def gather(
@@ -43,9 +51,7 @@ def replay_search(
     sampler: Annotated[
         list[str] | None, typer.Option("--sampler", help="One of those compared; may be repeated.")
     ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")
-    ] = RECIPES.parent,
+    output: Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")] = RESULTS,
 ) -> int:
     """Compare samplers on a surrogate of recorded recipes, in minutes."""
     import optuna
@@ -63,9 +69,8 @@ def replay_search(
             raise InputError("--sampler", name, f"choose from {', '.join(CONTENDERS)}")
     recorded = read_recorded(recipes)
     surrogate, outcomes = compare(recorded, names, seeds, trials, say)
-    given = [word for word in sys.argv[1:] if word != "benchmark"]  # the script leaves it out
     facts = {
-        "command": shlex.join(["paredown", "benchmark", *given]),
+        "command": benchmark_command(),
         "replayed on": machine_signature()["cpu"],
         "optuna": optuna.__version__,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from spaces.detectors.base import Labels, Outputs, Postprocess, Preprocess
@@ -12,6 +11,7 @@ from spaces.detectors.faster_rcnn_loss import FasterRCNNLoss
 from spaces.detectors.faster_rcnn_network import BOX_WEIGHTS, FasterRCNNNetwork, decoded
 from spaces.detectors.faster_rcnn_variants import Variant
 from spaces.detectors.folding import folded
+from spaces.detectors.torchvision_parts import IMAGENET_MEAN, IMAGENET_STD, SCALE, without_weights
 from spaces.errors import InputError
 
 STRIDE = 32  # of the backbone's coarsest level
@@ -45,9 +45,7 @@ class FasterRCNN:
         if min(size) < STRIDE or any(side % STRIDE for side in size):
             raise InputError("size", tuple(size), f"height and width must be multiples of {STRIDE}")
         self.name, self.num_classes, self._variant = name, num_classes, variant
-        self.preprocess = Preprocess(
-            size=size, scale=1 / 255, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-        )
+        self.preprocess = Preprocess(size=size, scale=SCALE, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         self._loss: FasterRCNNLoss | None = None
 
     def build(self) -> nn.Module:
@@ -129,8 +127,7 @@ class FasterRCNN:
     def _losses(self) -> FasterRCNNLoss:
         if self._loss is None:
             variant = self._variant
-            with torch.device("meta"):  # its rules are wanted, no weights
-                model = variant.make(self.num_classes + 1)
+            model = without_weights(lambda: variant.make(self.num_classes + 1))
             self._loss = FasterRCNNLoss(model.rpn, model.roi_heads, self.preprocess.size, variant.strides)
         return self._loss
 

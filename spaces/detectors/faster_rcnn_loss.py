@@ -16,11 +16,11 @@ from torchvision.ops import box_iou
 
 from spaces.detectors.base import Labels, Outputs
 from spaces.detectors.faster_rcnn_network import BOX_WEIGHTS, anchors_of, decoded, grids_of
+from spaces.detectors.torchvision_parts import targets_of
 
 Targets = list[dict[str, Tensor]]
 
 BETA = 1 / 9  # where smooth L1 turns from a square to a line
-_THINNEST = 1e-3  # pixels; the logarithm of a thinner side is no target to learn
 SAME_REGION = 0.6  # IoU from which on two proposals are taken to look at the same thing
 _MISSED = 4.6  # -log 1 %: what a student that proposes nothing there says of the teacher's object
 
@@ -51,7 +51,7 @@ class FasterRCNNLoss:
         then learns little but the background until the proposal network has learned where objects are.
         """
         objectness, deltas, proposals, classes, moves = outputs
-        targets = _targets(labels, deltas.device)
+        targets = targets_of(labels, deltas.device)
         first = self._first_stage(objectness, deltas, targets)
         return first + self._second_stage(proposals, classes, moves, targets)
 
@@ -147,16 +147,6 @@ def expected_share(labels: Tensor, count: int, positive: float) -> Tensor:
 def taken(proposals: Tensor) -> Tensor:
     """`(N, P)`: True where there is a proposal, False where a place was left empty."""
     return (proposals[..., 2] > proposals[..., 0]) & (proposals[..., 3] > proposals[..., 1])
-
-
-def _targets(labels: Sequence[Labels], device: torch.device) -> Targets:
-    """Labels as torchvision takes them: class 0 is the background, boxes have an area."""
-    targets = []
-    for image in labels:
-        solid = ((image.boxes[:, 2:] - image.boxes[:, :2]) > _THINNEST).all(dim=1)
-        boxes, classes = image.boxes[solid].to(device), image.classes[solid].to(device)
-        targets.append({"boxes": boxes, "labels": classes + 1})
-    return targets
 
 
 def _overlaps(first: Tensor, second: Tensor) -> Tensor:

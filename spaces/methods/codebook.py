@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
-from torch import Tensor
+from torch import Tensor, nn
 
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
@@ -45,6 +45,14 @@ class Codebooks:
             assert isinstance(choice, Codebook)
             if choice.entries:
                 draft.codebooks.update(dict.fromkeys(sites.layer[choice.site].layers, choice.entries))
+
+
+def cluster_layers(network: nn.Module, entries: Mapping[str, int]) -> None:
+    """Replace the weights of layers, in place and by name, by clustered ones of so many values."""
+    for name, count in entries.items():
+        weight = network.get_submodule(name).weight
+        assert isinstance(weight, nn.Parameter)
+        weight.data = clustered(weight.data, count)
 
 
 def clustered(weight: Tensor, entries: int) -> Tensor:

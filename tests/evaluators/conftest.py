@@ -1,13 +1,18 @@
 """A few images of the embedded data, and the committed detector on them, small enough for quick tests."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
 
+from evaluators.bench import BenchConfig, LatencyConfig
 from evaluators.datasets.base import DataConfig, load_splits
 from evaluators.datasets.digits import write_digits
 from evaluators.datasets.letterbox import LetterboxedImages
+from evaluators.finetune import FineTunePlan
+from evaluators.pipeline import CandidateWorker
 from evaluators.quiet import QuietSlot
 from spaces.detectors.base import Detector
 from spaces.detectors.registry import make_detector
@@ -48,3 +53,26 @@ def fit_images(few_digits: Path, digits_detector: Detector) -> LetterboxedImages
 def slot(tmp_path: Path) -> QuietSlot:
     """A quiet slot of the test's own, so that studies on this machine are not held up."""
     return QuietSlot(tmp_path / "slot")
+
+
+@pytest.fixture(scope="session")
+def make_worker(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., CandidateWorker]:
+    """Makes workers on these images with a budget of seconds; keywords are fields of `BenchConfig`."""
+
+    def make(**fields: Any) -> CandidateWorker:
+        folder = tmp_path_factory.mktemp("study")
+        config = BenchConfig(
+            model="yolox_digits",
+            checkpoint=WEIGHTS,
+            data=DataConfig(root=few_digits, format="coco"),
+            finetune=FineTunePlan(epochs=1, batch_size=5, mirror=False),
+            latency=LatencyConfig(images=4, min_rounds=8, max_rounds=16, time_limit_s=0.5),
+            calibration_images=4,
+            cache=folder / "cache",
+            **fields,
+        )
+        worker = CandidateWorker(config, folder / "artifacts")
+        worker.bench.slot = QuietSlot(folder / "slot")  # so that studies on this machine are not held up
+        return worker
+
+    return make

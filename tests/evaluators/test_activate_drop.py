@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evaluators.accuracy import score_session
-from evaluators.bench import BenchConfig, LatencyConfig, SpaceConfig
-from evaluators.datasets.base import DataConfig
+from evaluators.bench import SpaceConfig
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard
-from evaluators.finetune import FineTunePlan
 from evaluators.jobs import Job
 from evaluators.pipeline import CandidateWorker
-from evaluators.quiet import QuietSlot
 from spaces.apply import rebuild
 from spaces.recipe import Activate, Drop, Prune, Quantize, Recipe, identity
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
 BLOCK = "backbone.backbone.dark3.1.m.1"
 
 
 @pytest.fixture(scope="module")
-def worker(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> CandidateWorker:
-    folder = tmp_path_factory.mktemp("study")
-    config = BenchConfig(
-        model="yolox_digits",
-        checkpoint=WEIGHTS,
-        size=(96, 96),
-        data=DataConfig(root=few_digits, format="coco"),
-        space=SpaceConfig(methods=("prune", "quantize", "activate", "drop")),
-        finetune=FineTunePlan(epochs=1, batch_size=5, mirror=False),
-        latency=LatencyConfig(images=4, min_rounds=8, max_rounds=16, time_limit_s=0.5),
-        calibration_images=4,
-        cache=folder / "cache",
-    )
-    worker = CandidateWorker(config, folder / "artifacts")
-    worker.bench.slot = QuietSlot(folder / "slot")  # so that studies on this machine are not held up
-    return worker
+def worker(make_worker: Callable[..., CandidateWorker]) -> CandidateWorker:
+    return make_worker(size=(96, 96), space=SpaceConfig(methods=("prune", "quantize", "activate", "drop")))
 
 
 def of(*choices: Activate | Drop | Prune | Quantize) -> Recipe:

@@ -2,47 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from evaluators.bench import BenchConfig, LatencyConfig, SpaceConfig
+from evaluators.bench import SpaceConfig
 from evaluators.damage import Damage
-from evaluators.datasets.base import DataConfig
 from evaluators.evaluation import Evaluation
-from evaluators.finetune import FineTunePlan
 from evaluators.jobs import Job
 from evaluators.pipeline import CandidateWorker
-from evaluators.quiet import QuietSlot
 from spaces.apply import rebuild
 from spaces.layers import count_macs
 from spaces.lowrank import Factors
 from spaces.recipe import Factorize, Prune, Quantize, Recipe
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
 SITES = ("backbone.C3_n4.conv3", "backbone.C3_n4.m.0.conv2", "backbone.backbone.dark5.0")
 
 
 @pytest.fixture(scope="module")
-def worker(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> CandidateWorker:
-    folder = tmp_path_factory.mktemp("study")
-    config = BenchConfig(
-        model="yolox_digits",
-        checkpoint=WEIGHTS,
+def worker(make_worker: Callable[..., CandidateWorker]) -> CandidateWorker:
+    return make_worker(
         size=(96, 96),
-        data=DataConfig(root=few_digits, format="coco"),
         space=SpaceConfig(methods=("prune", "factorize", "quantize"), granularity="block"),
-        finetune=FineTunePlan(epochs=1, batch_size=5, mirror=False),
-        latency=LatencyConfig(images=4, min_rounds=8, max_rounds=16, time_limit_s=0.5),
         importance="magnitude",
-        calibration_images=4,
-        cache=folder / "cache",
     )
-    worker = CandidateWorker(config, folder / "artifacts")
-    worker.bench.slot = QuietSlot(folder / "slot")  # so that studies on this machine are not held up
-    return worker
 
 
 def strongest(worker: CandidateWorker, kind: str, *names: str) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,39 +14,21 @@ from torch import nn
 
 from evaluators import pipeline
 from evaluators.accuracy import score_session
-from evaluators.bench import BenchConfig, LatencyConfig
-from evaluators.datasets.base import DataConfig
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard
-from evaluators.finetune import FineTunePlan
 from evaluators.jobs import Job, StageReport
 from evaluators.pipeline import CandidateWorker
-from evaluators.quiet import QuietSlot
 from evaluators.testing import can_run
 from spaces.apply import parameters, rebuild, same_state
+from spaces.effects import bits_by_layer, total_macs
 from spaces.methods.base import Draft
 from spaces.recipe import Prune, Quantize, Recipe, identity
 from spaces.sites import Sites
-from spaces.space import bits_by_layer, total_macs
-
-WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
 
 
 @pytest.fixture(scope="module")
-def worker(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> CandidateWorker:
-    folder = tmp_path_factory.mktemp("study")
-    config = BenchConfig(
-        model="yolox_digits",
-        checkpoint=WEIGHTS,
-        data=DataConfig(root=few_digits, format="coco"),
-        finetune=FineTunePlan(epochs=1, batch_size=5, mirror=False),
-        latency=LatencyConfig(images=4, min_rounds=8, max_rounds=16, time_limit_s=0.5),
-        calibration_images=4,
-        cache=folder / "cache",
-    )
-    worker = CandidateWorker(config, folder / "artifacts")
-    worker.bench.slot = QuietSlot(folder / "slot")  # so that studies on this machine are not held up
-    return worker
+def worker(make_worker: Callable[..., CandidateWorker]) -> CandidateWorker:
+    return make_worker()
 
 
 def mixed(sites: Sites) -> Recipe:

@@ -12,6 +12,7 @@ from search.benchmarks.recorded import Recorded, decoded, encoded, read_recorded
 from search.benchmarks.replay import CONTENDERS, Known, Outcome, compare, replay
 from search.benchmarks.replay_report import write_replay
 from search.benchmarks.surrogate import Surrogate
+from search.knowledge import LatencyLearner
 from spaces.errors import InputError
 from spaces.table import SpaceTable
 from tests.search.test_sampler import MadeUp
@@ -102,7 +103,7 @@ def test_hypervolume_never_falls_and_seeds_come_first(surrogate: Surrogate, made
     random = np.random.default_rng(2)
     probes = random.integers(0, table.sizes, size=(12, len(table.names)))
     ratios = np.array([made_up.evaluate(row)[1] for row in probes])
-    known = Known(table, made_up.damage, probes, ratios, trials=20)
+    known = Known(table, made_up.damage, LatencyLearner(table, probes, ratios), trials=20)
     asked, volumes = replay(CONTENDERS["front"], known, surrogate, 20, seed=0)
     assert (np.diff(volumes) >= -1e-12).all()
     assert volumes[0] == 0.0  # the base alone dominates nothing

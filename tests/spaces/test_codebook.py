@@ -7,12 +7,13 @@ import torch
 
 from spaces.apply import apply, check, rebuild, save
 from spaces.capabilities import Capabilities
+from spaces.effects import codebooks_by_layer, integers_by_layer
 from spaces.errors import InputError
 from spaces.methods.codebook import Codebooks, clustered
 from spaces.methods.quantize import Quantization
 from spaces.recipe import Choice, Codebook, Quantize, Recipe
 from spaces.sites import Sites, find_sites
-from spaces.space import build_space, codebooks_by_layer, integers_by_layer
+from spaces.space import build_space
 from spaces.table import SpaceTable
 from tests.spaces.toy import ToyDetector
 

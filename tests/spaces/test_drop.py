@@ -17,10 +17,11 @@ from spaces.apply import apply, rebuild, same_state, save
 from spaces.capabilities import Capabilities
 from spaces.detectors.base import Category, Outputs, Postprocess
 from spaces.detectors.yolox import YoloX
+from spaces.effects import bits_by_layer, total_macs, widths_by_layer
 from spaces.errors import InputError
 from spaces.recipe import Activate, Drop, Prune, Quantize, Recipe
 from spaces.sites import Sites, find_sites
-from spaces.space import bits_by_layer, build_space, total_macs, widths_by_layer
+from spaces.space import build_space
 from spaces.table import SpaceTable
 from spaces.testing import lively_network, noise, outputs_of
 from tests.spaces.toy import ToyDetector

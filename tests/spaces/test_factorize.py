@@ -20,13 +20,14 @@ from spaces.apply import apply, rebuild, same_state, save
 from spaces.capabilities import Capabilities
 from spaces.detectors.base import Category, Postprocess
 from spaces.detectors.yolox import YoloX
+from spaces.effects import bits_by_layer, total_macs
 from spaces.errors import InputError
 from spaces.layers import count_macs
 from spaces.lowrank import Factors, by_part
 from spaces.methods.base import Draft
 from spaces.recipe import Factorize, Prune, Quantize, Recipe
 from spaces.sites import Sites, find_sites
-from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, bits_by_layer, build_space, total_macs
+from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
 from spaces.table import SpaceTable
 from spaces.testing import lively_network, noise, outputs_of
 

@@ -6,17 +6,11 @@ import pytest
 
 from spaces.capabilities import Capabilities
 from spaces.detectors.registry import make_detector
+from spaces.effects import bits_by_layer, kept_by_site, total_macs
 from spaces.errors import InputError
 from spaces.recipe import Prune, Recipe
 from spaces.sites import find_sites
-from spaces.space import (
-    Granularity,
-    SearchSpace,
-    bits_by_layer,
-    build_space,
-    kept_by_site,
-    total_macs,
-)
+from spaces.space import Granularity, SearchSpace, build_space
 from spaces.table import SpaceTable
 from tests.spaces.toy import ToyDetector
 
