@@ -72,6 +72,8 @@ def train_baseline(
     start: Path | None = None,
     score_every: int = 0,
     say: Callable[[str], None] = print,
+    device: str = "cpu",
+    loaders: int = 0,
 ) -> dict[str, Any]:
     """Train on fit, score on select and report, and write the weights and a JSON of figures beside them.
 
@@ -82,6 +84,8 @@ def train_baseline(
         start: weights to begin with.
         score_every: epochs between scores on select, 0 for none.
         say: takes one line at a time.
+        device: that trains, as torch names it.
+        loaders: processes that prepare batches, see `evaluators.training.train`.
 
     Returns:
         What the JSON holds.
@@ -89,6 +93,8 @@ def train_baseline(
     Raises:
         InputError: the configuration, the data or the checkpoint are not as they must be.
     """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("device", device, "torch sees no CUDA device here; choose cpu")
     splits = load_splits(config.data)
     detector = make_detector(config.model, len(splits["fit"].categories), config.size)
     look, rules = detector.preprocess, postprocess_of(detector, config.postprocess)
@@ -100,9 +106,12 @@ def train_baseline(
     network = detector.build()
     if start is not None:
         load_weights(network, start)
+    network.to(device)
 
     def figures(role: str, network: nn.Module) -> dict[str, float]:
-        whole = WholeDetector(detector.simplified(network), detector, rules, splits[role].categories)
+        whole = WholeDetector(detector.simplified(network), detector, rules, splits[role].categories).to(
+            device
+        )
         return score_session(TorchSession(whole), splits[role], images[role], look)[0]
 
     def report(epoch: EpochReport, average: nn.Module) -> None:
@@ -112,7 +121,13 @@ def train_baseline(
         say(line)
 
     trained = train(
-        detector, network, images["fit"], config.plan, folder / f"{output.stem}.checkpoint.pt", report
+        detector,
+        network,
+        images["fit"],
+        config.plan,
+        folder / f"{output.stem}.checkpoint.pt",
+        report,
+        loaders,
     )
     average = trained.network
     save_weights(average, output, torch.float16)
@@ -121,7 +136,8 @@ def train_baseline(
     further = None
     if config.further is not None:
         say(f"training on for {config.further.epochs} epochs, to see what it gains")
-        beyond = train(detector, deepcopy(average).requires_grad_(True), images["fit"], config.further)
+        onward = deepcopy(average).requires_grad_(True)
+        beyond = train(detector, onward, images["fit"], config.further, loaders=loaders)
         maps = {role: _rounded(figures(role, beyond.network))["map"] for role in scores}
         further = {role: {"map": maps[role], "map_before": scores[role]["map"]} for role in scores}
     result = {
@@ -132,7 +148,7 @@ def train_baseline(
         "training_hours": round(trained.seconds / 3600, 2),
         "config": config.model_dump(mode="json"),
         "data": {role: split.fingerprint() for role, split in splits.items()},
-        "environment": _environment(),
+        "environment": _environment(device),
         "command": " ".join(sys.argv),
     }
     draft = output.with_suffix(f".json.{os.getpid()}")
@@ -149,13 +165,14 @@ def _rounded(figures: dict[str, float]) -> dict[str, float | None]:
     return {name: None if value != value else round(value, 2) for name, value in figures.items()}
 
 
-def _environment() -> dict[str, Any]:
+def _environment(device: str) -> dict[str, Any]:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         cpu = platform.processor()
     return {
+        **({"gpu": torch.cuda.get_device_name(device)} if device.startswith("cuda") else {}),
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from evaluators.augment import Augment, augmented
 from evaluators.datasets.letterbox import LetterboxedImages, network_input
@@ -85,11 +87,22 @@ def train(
     plan: TrainingPlan,
     checkpoint: Path | None = None,
     report: Report | None = None,
+    loaders: int = 0,
 ) -> Trained:
-    """Train `network` in place and return the moving average of its weights.
+    """Train `network` in place, on the device that it is on, and return the moving average of its weights.
 
     Killed at any moment, it goes on from the last whole epoch when it is called again with the same
     checkpoint, and ends with the weights that it would have had.
+
+    Args:
+        detector: family of the network.
+        network: with the weights to begin with.
+        images: to train on.
+        plan: how.
+        checkpoint: written after every epoch.
+        report: called after every epoch.
+        loaders: processes that change images, whole epochs ahead; 0 does it between the steps. The batches
+            are the same. A GPU would wait for a single process most of the time.
 
     Raises:
         InputError: the checkpoint belongs to another plan or network.
@@ -103,10 +116,15 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         done, total = _restore(checkpoint, plan, network, average, optimizer)
     device = next(network.parameters()).device
-    for epoch in range(done, plan.epochs):
-        started, losses = time.perf_counter(), []
+    started = time.perf_counter()
+    for epoch, batches in zip(
+        range(done, plan.epochs), _epochs(detector, images, plan, done, loaders), strict=True
+    ):
+        losses = []
         network.train()
-        for step, (batch, labels) in enumerate(_batches(detector, images, plan, epoch)):
+        for step, (pixels, truth) in enumerate(batches):
+            labels = [Labels(torch.from_numpy(boxes), torch.from_numpy(classes)) for boxes, classes in truth]
+            batch = torch.from_numpy(network_input(pixels, detector.preprocess))
             at = epoch * steps + step
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, at / steps)
@@ -123,6 +141,7 @@ def train(
             update_average(average, network, plan.average, at + 1)
             losses.append(float(loss.detach()))
         seconds = time.perf_counter() - started
+        started = time.perf_counter()
         total += seconds
         if checkpoint is not None:
             _save(checkpoint, plan, epoch + 1, total, network, average, optimizer)
@@ -165,21 +184,60 @@ def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def _batches(
-    detector: Detector, images: LetterboxedImages, plan: TrainingPlan, epoch: int
-) -> Iterator[tuple[Tensor, list[Labels]]]:
-    """Batches of an epoch; what is left over for less than a batch waits for another epoch."""
-    random = np.random.default_rng((plan.seed, epoch))
-    rules = plan.augment if epoch < plan.epochs - plan.plain_epochs else plan.augment.without_mosaic()
-    order = random.permutation(len(images))
-    size = min(plan.batch_size, len(order))
-    for start in range(0, len(order) - size + 1, size):
-        drawn = [
-            augmented(images, int(index), rules, detector.preprocess.pad_value, random)
-            for index in order[start : start + size]
-        ]
-        pixels = np.stack([picture for picture, _ in drawn])
-        yield torch.from_numpy(network_input(pixels, detector.preprocess)), [labels for _, labels in drawn]
+Batch = tuple[NDArray[np.uint8], list[tuple[NDArray[np.float32], NDArray[np.int64]]]]
+"""Pixels `(B, H, W, 3)`, and boxes and classes of each image. Arrays, for between processes each tensor
+would take one of the files that a process may open."""
+
+
+def _epochs(
+    detector: Detector, images: LetterboxedImages, plan: TrainingPlan, done: int, loaders: int
+) -> Iterable[Iterable[Batch]]:
+    """Batches of every epoch that is left."""
+    epochs = EpochBatches(detector, images, plan, listed=loaders > 0)
+    if loaders == 0:
+        return (epochs[epoch] for epoch in range(done, plan.epochs))
+    return DataLoader(
+        epochs,
+        batch_size=None,
+        sampler=range(done, plan.epochs),
+        num_workers=loaders,
+        prefetch_factor=1,
+        collate_fn=_as_it_is,
+    )
+
+
+class EpochBatches(Dataset[Iterable[Batch]]):
+    """Item k is epoch k: batches of changed images; what is left over for less than one waits.
+
+    `listed` makes them all at once, as a loader process must.
+    """
+
+    def __init__(
+        self, detector: Detector, images: LetterboxedImages, plan: TrainingPlan, listed: bool
+    ) -> None:
+        self._pad_value, self._images = detector.preprocess.pad_value, images
+        self._plan, self._listed = plan, listed
+
+    def __getitem__(self, epoch: int) -> Iterable[Batch]:
+        return list(self._batches(epoch)) if self._listed else self._batches(epoch)
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        plan, images = self._plan, self._images
+        random = np.random.default_rng((plan.seed, epoch))
+        rules = plan.augment if epoch < plan.epochs - plan.plain_epochs else plan.augment.without_mosaic()
+        order = random.permutation(len(images))
+        size = min(plan.batch_size, len(order))
+        for start in range(0, len(order) - size + 1, size):
+            drawn = [
+                augmented(images, int(index), rules, self._pad_value, random)
+                for index in order[start : start + size]
+            ]
+            labels = [(label.boxes.numpy(), label.classes.numpy()) for _, label in drawn]
+            yield np.stack([picture for picture, _ in drawn]), labels
+
+
+def _as_it_is(batches: list[Batch]) -> list[Batch]:
+    return batches
 
 
 def _save(

@@ -23,6 +23,13 @@ def train(
         int, typer.Option("--score-every", min=0, help="Epochs between scores on select, 0 for none.")
     ] = 10,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the training.")] = 1,
+    data: Annotated[Path | None, typer.Option("--data", help="Data set, instead of the file's.")] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="That trains: cpu, or cuda where there is one.")
+    ] = "cpu",
+    loaders: Annotated[
+        int, typer.Option("--loaders", min=0, help="Processes that prepare batches; worth it beside a GPU.")
+    ] = 0,
     seed: Seed = None,
 ) -> int:
     """Train a base model on fit; called again, go on where it stopped."""
@@ -35,5 +42,8 @@ def train(
     if seed is not None:
         plan = settings.plan.model_copy(update={"seed": seed})
         settings = settings.model_copy(update={"plan": plan})
-    train_baseline(settings, output, folder, start, score_every, say)
+    if data is not None:
+        chosen = settings.data.model_copy(update={"root": data})
+        settings = settings.model_copy(update={"data": chosen})
+    train_baseline(settings, output, folder, start, score_every, say, device, loaders)
     return 0

@@ -203,3 +203,22 @@ def test_bad_configurations_are_refused(tmp_path: Path, text: str, field: str) -
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError, match=field):
         BaselineConfig.read(tmp_path / "c.yaml")
+
+
+def test_loader_processes_change_nothing(images: LetterboxedImages) -> None:
+    plan = TrainingPlan(epochs=3, batch_size=8, warmup_epochs=1, plain_epochs=1, augment=EVERYTHING)
+    ended = []
+    for loaders in (0, 2):
+        torch.manual_seed(0)
+        ended.append(train(DETECTOR, DETECTOR.build(), images, plan, loaders=loaders).network)
+    for alone, together in zip(ended[0].parameters(), ended[1].parameters(), strict=True):
+        assert torch.equal(alone, together)
+
+
+def test_training_on_a_missing_gpu_is_refused(root: Path, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    config = BaselineConfig(model="yolox_digits", data=DataConfig(root=root), plan=TrainingPlan(epochs=1))
+    with pytest.raises(InputError, match="no CUDA device"):
+        train_baseline(config, tmp_path / "weights.safetensors", tmp_path, device="cuda")
+    assert not list(tmp_path.iterdir())
