@@ -6,9 +6,17 @@ from collections.abc import Callable
 from functools import partial
 
 from spaces.detectors.base import Detector
+from spaces.detectors.dense import DenseVariant
 from spaces.detectors.faster_rcnn import FasterRCNN
 from spaces.detectors.faster_rcnn_variants import DIGITS, MOBILENET_320, RESNET50, RESNET50_V2, Variant
+from spaces.detectors.fcos import FCOS_RESNET18, FCOS_RESNET50, Fcos
 from spaces.detectors.own import own_detector
+from spaces.detectors.retinanet import (
+    RETINANET_RESNET18,
+    RETINANET_RESNET50,
+    RETINANET_RESNET50_V2,
+    RetinaNet,
+)
 from spaces.detectors.ssd import Ssd300, SsdLite
 from spaces.detectors.yolox import YoloX
 from spaces.errors import InputError
@@ -25,6 +33,14 @@ def _faster_rcnn(side: int, variant: Variant) -> tuple[Factory, tuple[int, int]]
     return partial(FasterRCNN, variant=variant), (side, side)
 
 
+def _retinanet(side: int, variant: DenseVariant) -> tuple[Factory, tuple[int, int]]:
+    return partial(RetinaNet, variant=variant), (side, side)
+
+
+def _fcos(side: int, variant: DenseVariant) -> tuple[Factory, tuple[int, int]]:
+    return partial(Fcos, variant=variant), (side, side)
+
+
 # Digits are smaller than what COCO's default boxes are made for.
 _DIGITS_SCALES = (0.09, 0.18, 0.33, 0.5, 0.65, 0.8, 1.0)
 
@@ -37,6 +53,11 @@ DETECTORS: dict[str, tuple[Factory, tuple[int, int]]] = {
     "fasterrcnn_mobilenet_v3_large_320_fpn": _faster_rcnn(320, MOBILENET_320),
     "fasterrcnn_resnet50_fpn": _faster_rcnn(800, RESNET50),
     "fasterrcnn_resnet50_fpn_v2": _faster_rcnn(800, RESNET50_V2),
+    "retinanet_resnet18_fpn": _retinanet(320, RETINANET_RESNET18),  # torchvision publishes no weights for it
+    "retinanet_resnet50_fpn": _retinanet(800, RETINANET_RESNET50),
+    "retinanet_resnet50_fpn_v2": _retinanet(800, RETINANET_RESNET50_V2),
+    "fcos_resnet18_fpn": _fcos(320, FCOS_RESNET18),  # nor for this one
+    "fcos_resnet50_fpn": _fcos(800, FCOS_RESNET50),
     "yolox_digits": _yolox(160, 0.33, 0.1875),
     "yolox_nano": _yolox(416, 0.33, 0.25, depthwise=True),
     "yolox_tiny": _yolox(416, 0.33, 0.375),
