@@ -84,11 +84,14 @@ class TorchEngine:
         ranges: Mapping[str, LayerRanges],
         directory: Path,
     ) -> Written:
-        """Trace the detector; layers at 16 bits hold and compute bfloat16, what lies between them, too."""
+        """Trace the detector; layers at 16 bits hold and compute bfloat16, what lies between them, too.
+
+        It is traced on the device that runs it, for a trace keeps the device of all that it makes anew.
+        """
         import torch
 
-        typed = _typed(whole, bits)
-        images = torch.zeros(1, 3, *whole.detector.preprocess.size)
+        typed = _typed(copy.deepcopy(whole), bits).to(self._device)
+        images = torch.zeros(1, 3, *whole.detector.preprocess.size, device=self._device)
         directory.mkdir(parents=True, exist_ok=True)
         temporary = directory / (self.model_file + ".tmp")
         about = {ABOUT: json.dumps({"input": list(images.shape)})}
@@ -210,13 +213,12 @@ def _runner(module: Any, compiled: bool, device: str) -> Callable[[NDArray[np.fl
     return run
 
 
-def _typed(whole: WholeDetector, bits: Mapping[str, int]) -> WholeDetector:
-    """A copy whose layers cast what they read to their own type; elsewhere torch promotes types."""
+def _typed(typed: WholeDetector, bits: Mapping[str, int]) -> WholeDetector:
+    """Layers made to cast what they read to their own type; elsewhere torch promotes types."""
     import torch
 
     if not any(width == 16 for width in bits.values()):
-        return whole
-    typed = copy.deepcopy(whole)
+        return typed
 
     def reads(kind: torch.dtype) -> Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
         return lambda _, inputs: tuple(one.to(kind) for one in inputs)
