@@ -59,6 +59,7 @@ class LayerRanges:
         read, written: of the whole tensors.
         by_channel: of each channel that a depthwise convolution reads; empty elsewhere, and where the
             target takes one scale a tensor.
+        written_by_channel: of each channel that is produced; empty where the target does not round those.
         largest: weights are integers from `-largest` to `largest`.
         levels: of what is read; what is written has 256.
     """
@@ -66,6 +67,7 @@ class LayerRanges:
     read: Range
     written: Range
     by_channel: tuple[Range, ...] = ()
+    written_by_channel: tuple[Range, ...] = ()
     largest: int = 127
     levels: int = 256
 
@@ -104,11 +106,11 @@ def calibrate(
         extremes = torch.stack((flat.min(), flat.max()))
         samples[name, side].append(torch.cat((extremes, flat[picked])).float().numpy())
 
-    def keep_channels(name: str, tensor: Tensor) -> None:
+    def keep_channels(name: str, side: str, tensor: Tensor) -> None:
         rows = tensor.detach().transpose(0, 1).flatten(1)
         picked = torch.randint(rows.shape[1], (SAMPLES_PER_CHANNEL,), generator=generator)
         extremes = (rows.amin(1, keepdim=True), rows.amax(1, keepdim=True))
-        samples[name, "channels"].append(torch.cat((*extremes, rows[:, picked]), dim=1).float().numpy())
+        samples[name, side].append(torch.cat((*extremes, rows[:, picked]), dim=1).float().numpy())
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -116,7 +118,9 @@ def calibrate(
             keep(name, "written", output)
             whole_bytes = bits[name][1] >= 8  # fewer levels need a clip, which has no ends by channel
             if capabilities.depthwise_by_channel and whole_bytes and is_depthwise(module):
-                keep_channels(name, inputs[0])
+                keep_channels(name, "read channels", inputs[0])
+            if capabilities.written_by_channel and _channels_second(module, output):
+                keep_channels(name, "written channels", output)
 
         return hook
 
@@ -131,16 +135,45 @@ def calibrate(
     found = {}
     for name, (weight_bits, activation_bits) in bits.items():
         levels = 2 ** min(activation_bits, 8)
-        channels = samples.get((name, "channels"), [])
-        rows = np.concatenate(channels, axis=1) if channels else ()
+        read, written = (
+            tuple(chosen_range(row, count, plan) for row in _rows(samples.get((name, f"{side} channels"))))
+            for side, count in (("read", levels), ("written", 256))
+        )
         found[name] = LayerRanges(
             chosen_range(np.concatenate(samples[name, "read"]), levels, plan),
             chosen_range(np.concatenate(samples[name, "written"]), 256, plan),
-            tuple(chosen_range(row, levels, plan) for row in rows),
-            largest_weight(weight_bits),
-            levels,
+            with_one_zero_point(read, levels) if read and capabilities.one_zero_point else read,
+            written,
+            largest=largest_weight(weight_bits),
+            levels=levels,
         )
     return found
+
+
+def with_one_zero_point(spans: Sequence[Range], levels: int = 256) -> tuple[Range, ...]:
+    """Ranges widened until all of them have the same zero point, at the least cost.
+
+    That is the zero point for which the squared steps, over those of the ranges themselves, have the smallest
+    sum: channels count alike, for what they weigh later on is not known here.
+    """
+    low, high = (np.array([getattr(span, end) for span in spans]) for end in ("low", "high"))
+    zeros = np.arange(levels)[:, None]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        below = np.where(low < 0, -low / zeros, 0.0)
+        above = np.where(high > 0, high / (levels - 1 - zeros), 0.0)
+    steps = np.maximum(below, above)
+    zero = int(((steps * (levels - 1) / (high - low)) ** 2).sum(axis=1).argmin())
+    return tuple(Range(float(-zero * step), float((levels - 1 - zero) * step)) for step in steps[zero])
+
+
+def _rows(parts: Sequence[NDArray[np.float32]] | None) -> NDArray[np.float32]:
+    """Samples `(C, S)` of channels; none `(0, 0)` where there are no parts."""
+    return np.concatenate(parts, axis=1) if parts else np.zeros((0, 0), np.float32)
+
+
+def _channels_second(layer: nn.Module, output: Tensor) -> bool:
+    """True where the second axis of what a layer produces holds its channels."""
+    return isinstance(layer, nn.Conv2d) or output.dim() == 2
 
 
 def is_depthwise(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.calibration import LayerRanges
-from evaluators.precision import weight_scales
+from evaluators.integers import weight_scales
 
 
 def round_layer(layer: nn.Module, ranges: LayerRanges, weight_levels: int = 127) -> None:

@@ -20,13 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from evaluators.calibration import LayerRanges, calibrate
+from evaluators.calibration import INT8, LayerRanges, calibrate
 from evaluators.export import export_graph
 from evaluators.kernels import fell_back, unseen
 from evaluators.postprocess import WholeDetector
 from evaluators.signature import machine_signature
 from evaluators.targets.base import Detections, Session, Target
 from evaluators.torch_session import TorchSession
+from spaces.capabilities import Capabilities
 from spaces.detectors.base import Category, Postprocess
 from spaces.detectors.yolox import YoloX
 from spaces.errors import InputError
@@ -123,7 +124,8 @@ class TargetContract:
         before = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
         expected = TorchSession(detector).run(images(1)[0])
         for width in target.capabilities.bit_widths:
-            written = target.write(detector, dict.fromkeys(layers(), width), ranges(), tmp_path)
+            spans = ranges(target.capabilities)
+            written = target.write(detector, dict.fromkeys(layers(), width), spans, tmp_path)
             assert written.model == tmp_path / target.model_file
             assert written.model.is_file()
         after = detector.state_dict()
@@ -135,9 +137,8 @@ class TargetContract:
     def test_the_tensor_part_is_the_network_alone(self, target: Target, tmp_path: Path) -> None:
         """It runs for every bit-width; that it does less is for `benchmark latency` to show."""
         for width in target.capabilities.bit_widths:
-            written = target.write(
-                whole(Postprocess()), dict.fromkeys(layers(), width), ranges(), tmp_path / str(width)
-            )
+            bits, spans = dict.fromkeys(layers(), width), ranges(target.capabilities)
+            written = target.write(whole(Postprocess()), bits, spans, tmp_path / str(width))
             target.prepare_tensor_part(written.model, 1, written.hint).run(images(1)[0])
 
     def test_runs_repeat_and_results_are_the_callers_own(self, target: Target, tmp_path: Path) -> None:
@@ -196,7 +197,8 @@ def lowered(
     target: Target, bits: Mapping[str, int], directory: Path, postprocess: Postprocess | None = None
 ) -> Session:
     """The detector with each layer at a bit-width of its own, written to a file and loaded."""
-    written = target.write(whole(postprocess or Postprocess()), bits, ranges(), directory)
+    spans = ranges(target.capabilities)
+    written = target.write(whole(postprocess or Postprocess()), bits, spans, directory)
     return target.prepare(written.model, 1, written.hint)
 
 
@@ -219,9 +221,9 @@ def example_graph(postprocess: Postprocess) -> onnx.ModelProto:
 
 
 @cache
-def ranges() -> dict[str, LayerRanges]:
-    """Ranges of all layers on a few images."""
-    return calibrate(DETECTOR.simplified(network()), layers(), images(4))
+def ranges(capabilities: Capabilities = INT8) -> dict[str, LayerRanges]:
+    """Ranges of all layers on a few images, as a target wants them."""
+    return calibrate(DETECTOR.simplified(network()), layers(), images(4), capabilities=capabilities)
 
 
 def images(count: int) -> Sequence[NDArray[np.float32]]:

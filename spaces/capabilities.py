@@ -14,11 +14,15 @@ class Capabilities:
         channel_granule: channel counts that are no multiple of it waste the kernel's vector lanes.
         asked: bit-widths that the space offers, widest first; those that are native where it is empty.
         depthwise_by_channel: int8 depthwise convolutions read activations with a scale for each channel.
+        one_zero_point: those channels must have the same zero point.
+        written_by_channel: int8 layers round what they produce, with a scale for each channel.
     """
 
     bit_widths: tuple[int, ...] = (32,)
     channel_granule: int = 8
     depthwise_by_channel: bool = False
+    one_zero_point: bool = False
+    written_by_channel: bool = False
     asked: tuple[int, ...] = ()
 
     @property

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from evaluators.graph import layer_of
-from evaluators.precision import quantized, stored_in_bfloat16
+from evaluators.integers import quantized
+from evaluators.precision import stored_in_bfloat16
 from evaluators.rewriting import copied, replace_nodes, without_unread
 from evaluators.signature import machine_signature
 from evaluators.targets.base import Detections, Lowered

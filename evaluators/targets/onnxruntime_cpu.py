@@ -14,7 +14,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from evaluators.precision import quantized
+from evaluators.integers import quantized
 from evaluators.rewriting import copied
 from evaluators.signature import int8_weight_levels, machine_signature
 from evaluators.targets.base import Detections, Lowered
@@ -34,7 +34,13 @@ class OnnxRuntime(OnnxTarget):
     """The CPU execution provider, sequential, all graph optimisations. It has no bfloat16 convolution."""
 
     name = "onnxruntime"
-    capabilities = Capabilities(bit_widths=(32, 8), channel_granule=8)
+    capabilities = Capabilities(
+        bit_widths=(32, 8),
+        channel_granule=8,
+        depthwise_by_channel=True,
+        one_zero_point=True,
+        written_by_channel=True,
+    )
 
     def signature(self, threads: int) -> dict[str, Any]:
         """Machine, engine and version, threads."""

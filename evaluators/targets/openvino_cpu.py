@@ -13,7 +13,8 @@ import onnx
 import openvino as ov
 from numpy.typing import NDArray
 
-from evaluators.precision import in_bfloat16, quantized, stored_in_bfloat16
+from evaluators.integers import quantized
+from evaluators.precision import in_bfloat16, stored_in_bfloat16
 from evaluators.signature import int8_weight_levels, machine_signature
 from evaluators.targets.base import Detections, Lowered
 from evaluators.targets.onnx_target import OnnxTarget, by_layer

@@ -12,8 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evaluators.export import export_graph
 from evaluators.graph import layer_nodes, tensor_part
+from evaluators.integers import quantized
 from evaluators.kernels import fell_back, kernel_of, unseen
-from evaluators.precision import quantized
 from evaluators.targets.onnx_target import OnnxTarget, by_layer
 from evaluators.targets.registry import TARGETS
 from evaluators.testing import CATEGORIES, DETECTOR, example_graph, images, layers, network, ranges

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from evaluators.calibration import LayerRanges, Range, largest_weight
 from evaluators.graph import layer_nodes
+from evaluators.integers import quantized
 from evaluators.packing import PLANES, byte_table, pack, packed
-from evaluators.precision import quantized
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.uniform(-1, 2, size=(1, 48, 6, 6)).astype(np.float32)

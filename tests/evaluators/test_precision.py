@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from evaluators.calibration import LayerRanges, Range
-from evaluators.precision import in_bfloat16, quantized, stored_in_bfloat16, weight_scales
+from evaluators.integers import quantized, weight_scales
+from evaluators.precision import in_bfloat16, stored_in_bfloat16
 from evaluators.signature import int8_weight_levels
 from evaluators.targets.openvino_cpu import OpenVino
 from evaluators.testing import can_run, check_detections, example_graph, images, layers, ranges

@@ -1,0 +1,248 @@
+"""Int8 written into an exported graph: Q/DQ pairs, the way that the engines' kernels want them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from evaluators.graph import layer_of
+from evaluators.rewriting import constant, copied, replace_nodes, without_unread
+
+if TYPE_CHECKING:  # torch is behind it
+    from evaluators.calibration import LayerRanges, Range
+
+Grid = tuple[NDArray[np.float32], NDArray[np.uint8]]
+"""Scales and zero points, of a tensor or of its channels."""
+FULL_LEVELS = 127
+WEIGHT_CLIPS = np.linspace(1.0, 0.3, 36)
+COPYING = {"Concat", "MaxPool", "Resize", "Reshape", "Transpose", "Flatten", "Slice", "Identity"}
+ELEMENTWISE = {"Mul", "Add", "Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid"}
+"""What may read channels that were written with a scale each, in ONNX Runtime: it makes no integer operation
+with one scale of these, or of a sigmoid only where a layer reads that. Of other ones it may."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a tensor is rounded: its range, or that of each channel, and in how many levels."""
+
+    spans: tuple[Range, ...]
+    levels: int = 256
+
+    def alike(self, other: Reading) -> bool:
+        """True where both are of the whole tensor, or both of its channels, in as many levels."""
+        return self.levels == other.levels and len(self.spans) == len(other.spans)
+
+    @property
+    def grids(self) -> Grid:
+        """Scales and zero points `(C,)`; `(1,)` of the whole tensor."""
+        scales, zeros = zip(*(span.grid(self.levels) for span in self.spans), strict=True)
+        return np.array(scales, np.float32), np.array(zeros, np.uint8)
+
+
+def quantized(
+    graph: onnx.ModelProto,
+    layers: Mapping[str, LayerRanges],
+    outputs_too: bool,
+    weight_levels: int = FULL_LEVELS,
+) -> onnx.ModelProto:
+    """A copy in which the given layers read integer activations and weights, in bytes whatever their levels.
+
+    Activations are U8 with one scale and zero point, or one a channel where the ranges say so; weights S8
+    symmetric with one scale a channel: what the engines' kernels want. Fewer than 256 levels of an activation
+    are the lowest ones, what lies above is clipped. Layers that read the same tensor in the same way share
+    its Q/DQ pair.
+
+    Args:
+        graph: float32.
+        layers: ranges of the layers to quantise, by module name.
+        outputs_too: as ONNX Runtime wants it: what the layers produce is quantised as well, for it fuses
+            only such layers, and its kernels have one scale a tensor, so those of channels are taken into
+            the scales of weights. OpenVINO would lose accuracy for nothing.
+        weight_levels: of weights to either side of 0, see `evaluators.signature.int8_weight_levels`; a
+            layer may ask for fewer.
+    """
+    graph = copied(graph)
+    writer = _Writer(graph, weight_levels)
+    apart = _written_apart(graph, layers) if outputs_too else frozenset()
+    renamed: dict[str, str] = {}
+    for node in graph.graph.node:
+        for position, name in enumerate(node.input):
+            node.input[position] = renamed.get(name, name)
+        layer = layer_of(node)
+        if layer is None or layer not in layers:
+            writer.nodes.append(node)
+            continue
+        ranges, produced = layers[layer], node.output[0]
+        folded = writer.read(node, ranges, outputs_too)
+        if not outputs_too:
+            writer.weigh(node, ranges, folded)
+            continue
+        writing = Reading(ranges.written_by_channel if layer in apart else ())
+        writing = writing if writing.spans else Reading((ranges.written,))
+        folded = folded * writer.shift(node, writing)
+        writer.weigh(node, ranges, folded)
+        renamed[produced] = writer.written(produced, writing)
+    replace_nodes(graph, writer.nodes)
+    return without_unread(graph)
+
+
+class _Writer:
+    """The nodes of a graph as they are written anew."""
+
+    def __init__(self, graph: onnx.ModelProto, weight_levels: int) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self._graph, self._levels = graph, weight_levels
+        self._tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+        for node in graph.graph.node:  # of constants that are alike the exporter keeps one
+            if node.op_type == "Identity" and node.input[0] in self._tensors:
+                self._tensors[node.output[0]] = self._tensors[node.input[0]]
+        self._pairs: dict[tuple[str, Reading], str] = {}
+        self._weights: dict[tuple[str, int, bytes], str] = {}
+        self._written: set[str] = set()
+
+    def read(self, node: onnx.NodeProto, ranges: LayerRanges, one_scale: bool) -> NDArray[np.float64]:
+        """Round what a layer reads; factors `(outputs,)` or `(1,)` by which its weights make up for it."""
+        source = node.input[0]
+        reading = Reading(ranges.by_channel or (ranges.read,), ranges.levels)
+        # What a layer wrote in 8 bits is not rounded again by whoever reads it in 8.
+        if source in self._written and reading.levels == 256 and not ranges.by_channel:
+            return np.ones(1)
+        # Layers that read one tensor were calibrated on samples of it: the first one's range serves.
+        place = next((p for p in self._pairs if p[0] == source and p[1].alike(reading)), (source, reading))
+        grid = scales, zeros = place[1].grids
+        one = (scales.max(keepdims=True), zeros[:1]) if one_scale and len(scales) > 1 else grid
+        if place not in self._pairs:
+            ending = "" if not any(p[0] == source for p in self._pairs) else f"_{len(self._pairs)}"
+            clipped = self._clipped(f"{source}{ending}", source, place[1])
+            self._pairs[place] = self._pair(f"{source}{ending}", clipped, grid, one)
+        node.input[0] = self._pairs[place]
+        return (scales / one[0]).astype(np.float64)
+
+    def shift(self, node: onnx.NodeProto, writing: Reading) -> NDArray[np.float64]:
+        """Make a layer's channels ready to be written with one scale; what its weights are multiplied by.
+
+        A kernel that writes bytes `round(y / S)` writes `round(y_c / s_c) + z_c` when its weights are
+        multiplied by `S / s_c` and its bias becomes `(b_c / s_c + z_c) S`.
+        """
+        scales, zeros = (grid.astype(np.float64) for grid in writing.grids)
+        if len(scales) == 1:
+            return np.ones(1)
+        factors: NDArray[np.float64] = scales.max() / scales
+        biased = len(node.input) > 2 and node.input[2] != ""
+        bias = numpy_helper.to_array(self._tensors[node.input[2]]) if biased else np.zeros(len(scales))
+        shifted = (bias * factors + zeros * scales.max()).astype(np.float32)
+        name = constant(self._graph, f"{node.output[0]}_bias", shifted)
+        del node.input[2:]
+        node.input.append(name)
+        return factors
+
+    def weigh(self, node: onnx.NodeProto, ranges: LayerRanges, factors: NDArray[np.float64]) -> None:
+        """Store the layer's weight as S8 with a scale per output channel, and run the layer on it."""
+        tensor, levels = self._tensors[node.input[1]], min(ranges.largest, self._levels)
+        key = (tensor.name, levels, factors.tobytes())
+        if key not in self._weights:
+            ending = f"_{len(self._weights)}" if any(k[0] == tensor.name for k in self._weights) else ""
+            weight = numpy_helper.to_array(tensor)
+            scale = weight_scales(weight, levels)
+            shape = (-1,) + (1,) * (weight.ndim - 1)
+            integers = np.clip(np.round(weight / scale.reshape(shape)), -levels, levels).astype(np.int8)
+            names = [
+                constant(self._graph, f"{tensor.name}_s8", integers),
+                constant(self._graph, f"{tensor.name}{ending}_scale", (scale * factors).astype(np.float32)),
+                constant(self._graph, f"{tensor.name}_zero", np.zeros(scale.shape, np.int8)),
+            ]
+            self._weights[key] = f"{tensor.name}{ending}_dequantized"
+            self.nodes.append(helper.make_node("DequantizeLinear", names, [self._weights[key]], axis=0))
+        node.input[1] = self._weights[key]
+        self.nodes.append(node)
+
+    def written(self, produced: str, writing: Reading) -> str:
+        """Round what a layer produces; the name of what its readers get."""
+        grid = writing.grids
+        if len(writing.spans) > 1:
+            return self._pair(produced, produced, (grid[0].max(keepdims=True), np.zeros(1, np.uint8)), grid)
+        result = self._pair(produced, produced, grid, grid)
+        self._written.add(result)
+        return result
+
+    def _clipped(self, name: str, source: str, reading: Reading) -> str:
+        """Cut a tensor to fewer than 256 levels: the engines' own clipping is that of a byte."""
+        if reading.levels == 256:
+            return source
+        ((scale,), (zero,)) = reading.grids
+        ends = {"low": -float(zero) * scale, "high": (reading.levels - 1 - float(zero)) * scale}
+        bounds = [
+            constant(self._graph, f"{name}_clipped_{end}", np.array(x, np.float32)) for end, x in ends.items()
+        ]
+        self.nodes.append(helper.make_node("Clip", [source, *bounds], [f"{name}_clipped"]))
+        return f"{name}_clipped"
+
+    def _pair(self, name: str, source: str, down: Grid, up: Grid) -> str:
+        """Add QuantizeLinear and DequantizeLinear, each with its own grid; the name of what comes out."""
+        bytes_, result = f"{name}_u8", f"{name}_dequantized"
+        ending = "" if up is down else "_up"
+        self._rounding("QuantizeLinear", [source, bytes_], name, down)
+        self._rounding("DequantizeLinear", [bytes_, result], f"{name}{ending}", up)
+        return result
+
+    def _rounding(self, kind: str, ends: list[str], name: str, grid: Grid) -> None:
+        """Add one of the two operations."""
+        one = len(grid[0]) == 1
+        scales, zeros = (values.reshape(()) if one else values for values in grid)
+        names = [constant(self._graph, f"{name}_scale", scales), constant(self._graph, f"{name}_zero", zeros)]
+        axis = {} if one else {"axis": 1}
+        self.nodes.append(helper.make_node(kind, [ends[0], *names], ends[1:], **axis))
+
+
+def weight_scales(weight: NDArray[np.float32], levels: int = FULL_LEVELS) -> NDArray[np.float32]:
+    """Scale `(outputs,)` per output channel of symmetric weights in -levels..levels.
+
+    With 127 levels the largest weight is the last one; with fewer, the scale is the one that rounds with the
+    least squared error.
+    """
+    rows = weight.reshape(weight.shape[0], -1).astype(np.float64)
+    widest = np.maximum(np.abs(rows).max(axis=1) / levels, 1e-12)
+    scales = widest
+    if levels < FULL_LEVELS:
+        candidates = np.stack([widest * clip for clip in WEIGHT_CLIPS])
+        errors = [_weight_errors(rows, scale, levels) for scale in candidates]
+        scales = candidates[np.argmin(errors, axis=0), np.arange(len(rows))]
+    found: NDArray[np.float32] = np.maximum(scales, 1e-12).astype(np.float32)
+    return found
+
+
+def _weight_errors(rows: NDArray[np.float64], scale: NDArray[np.float64], levels: int) -> NDArray[np.float64]:
+    """Mean squared error of every row rounded to multiples of its scale."""
+    rounded = np.clip(np.round(rows / scale[:, None]), -levels, levels) * scale[:, None]
+    errors: NDArray[np.float64] = ((rounded - rows) ** 2).mean(axis=1)
+    return errors
+
+
+def _written_apart(graph: onnx.ModelProto, layers: Collection[str]) -> frozenset[str]:
+    """Layers whose readers bear a scale for each channel that the layer writes.
+
+    Other layers in integers do not, for their kernels have one scale for all channels that they read.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+
+    def bears(node: onnx.NodeProto) -> bool:
+        if node.op_type == "Sigmoid":
+            return not any(layer_of(reader) in layers for reader in readers[node.output[0]])
+        return layer_of(node) not in layers and node.op_type in COPYING | ELEMENTWISE
+
+    found: dict[str, bool] = {}
+    for node in graph.graph.node:
+        layer = layer_of(node)
+        if layer in layers and layer is not None:
+            found[layer] = found.get(layer, True) and all(map(bears, readers[node.output[0]]))
+    return frozenset(layer for layer, borne in found.items() if borne)
