@@ -299,6 +299,7 @@ class Bench:
             **{f"target {key}": str(v) for key, v in self.target.signature(config.threads).items()},
             "postprocess": self.postprocess.model_dump_json(),
             "fine-tuning": config.finetune.model_dump_json(),
+            "fine-tuning runs in": config.finetune.runs_in,
             "quantisation": config.quantization.model_dump_json(),
             "importance": config.importance,
             "calibration images": config.calibration_images,

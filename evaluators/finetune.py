@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 
 from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.quiet import QuietSlot
+from evaluators.signature import machine_signature
 from evaluators.teacher import TeacherOutputs, batch_of
 from spaces.detectors.base import Detector, Labels
+
+Precision = Literal["float32", "bfloat16"]
 
 
 class FineTunePlan(BaseModel):
@@ -30,6 +35,8 @@ class FineTunePlan(BaseModel):
         mirror: half of the batches are mirrored left to right. Turn it off where left and right carry a
             meaning, as in text.
         gradient_norm: longer gradients are shortened to it.
+        precision: of convolutions and products in training (autocast); weights, losses and what is exported
+            stay float32. `auto` is bfloat16 where the CPU multiplies it in hardware of its own (AMX).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,6 +48,14 @@ class FineTunePlan(BaseModel):
     distill_weight: float = Field(default=1.0, ge=0.0)
     mirror: bool = True
     gradient_norm: float = Field(default=20.0, gt=0.0)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+    @property
+    def runs_in(self) -> Precision:
+        """The precision on this machine."""
+        if self.precision == "auto":
+            return "bfloat16" if "amx_bf16" in machine_signature()["isa"] else "float32"
+        return self.precision
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,14 @@ def fine_tune(
     network.eval()
 
 
+def autocast(plan: FineTunePlan) -> AbstractContextManager[None]:
+    """What forward passes of a training run in."""
+    context: AbstractContextManager[None] = torch.autocast(
+        "cpu", torch.bfloat16, enabled=plan.runs_in == "bfloat16"
+    )
+    return context
+
+
 def schedule(progress: float, warmup: float = 0.1) -> float:
     """Learning rate over its highest at a progress in 0..1: a linear rise, then half a cosine to 0."""
     if progress < warmup:
@@ -132,7 +155,9 @@ def _step(
     mirrored: bool,
 ) -> float:
     batch = batch_of(images, detector, indices, mirrored)
-    outputs = network(batch.contiguous(memory_format=torch.channels_last))
+    with autocast(plan):
+        found = network(batch.contiguous(memory_format=torch.channels_last))
+    outputs = tuple(output.float() for output in found)
     loss = torch.zeros(())
     if plan.task_weight:
         width = batch.shape[3]
