@@ -29,6 +29,9 @@ data:
   fit: {fit}{select}
   report: {report}
 
+space:                   # what may change; also there: factorize (low rank), drop (residual blocks), codebook
+  methods: [{methods}]
+
 target: openvino         # or onnxruntime: the engine that is scored and timed
 threads: 1               # of each worker, and of the engine
 
@@ -60,6 +63,7 @@ def init(
     """Look at a data set (COCO or YOLO layout) and write a configuration that searches on it."""
     from evaluators.datasets.base import DataConfig, load_splits
     from evaluators.datasets.coco import annotation_files
+    from spaces.activations import COSTLY
     from spaces.detectors.registry import make_detector
     from spaces.detectors.weights import load_weights
     from spaces.errors import InputError
@@ -75,9 +79,11 @@ def init(
         say(f"{role}: {len(split.images)} images, {len(split.annotations)} boxes ({split.name})")
     fit = splits["fit"]
     detector = make_detector(model, len(fit.categories))
+    network = detector.build()
     if checkpoint is not None:
         checkpoint = checkpoint.expanduser().absolute()
-        load_weights(detector.build(), checkpoint)
+        load_weights(network, checkpoint)
+    costly = any(type(module) in COSTLY for module in network.modules())
     names = [category.name for category in fit.categories]
     divided = splits["select"].source == fit.source and "[" in fit.name
     height, width = detector.preprocess.size
@@ -91,6 +97,7 @@ def init(
         checkpoint="# checkpoint: FILE       # or --checkpoint FILE: weights trained on these categories"
         if checkpoint is None
         else f"checkpoint: {_quoted(str(checkpoint))}",
+        methods=", ".join(("prune", "quantize", *(("activate",) if costly else ()))),
         format="coco" if annotation_files(root) else "yolo",
         fit=_described(fit) if not divided else _quoted(fit.name.split("[")[0]),
         select=f"\n  select_fraction: 0.2   # of fit: {len(splits['select'].images)} images, to choose by"

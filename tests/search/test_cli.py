@@ -208,6 +208,7 @@ def test_init_writes_a_configuration_that_is_read(
     assert "fit: 4 images" in out
     settings = load_config(file)
     assert (settings.data.fit, settings.data.select, settings.data.report) == ("fit", "select", "report")
+    assert settings.space.methods == ("prune", "quantize", "activate")  # it has SiLU
     assert settings.checkpoint == data / "base.safetensors"
     assert main(["evaluate", str(file), "--split", "select", "--json", "--target", "torch"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 3
