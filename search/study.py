@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import warnings
@@ -193,15 +194,21 @@ def _refuse_differences(
 
 
 def _artifact_folder(study: optuna.Study, url: str, wanted: Path | None) -> Path:
-    """The folder of the model files: as asked for, as stored, or beside a database that was moved."""
+    """The folder of the model files: as asked for, as stored, or beside a database that was moved.
+
+    What another study left there would be taken for this one's: its base, say, once the database is removed.
+    """
     default = _beside(url) / "artifacts" / study.study_name
     stored = _path_of(study.user_attrs.get(ARTIFACT_STORE))
     if wanted is not None:
+        if stored is None and _used(wanted):
+            raise InputError("artifacts", str(wanted), "holds models of another study; name another folder")
         folder = wanted
-    elif stored is not None and (stored.is_dir() or not default.is_dir()):
-        folder = stored
+    elif stored is None:
+        others = (default.with_name(f"{default.name}-{k}") for k in itertools.count(2))
+        folder = next(place for place in itertools.chain([default], others) if not _used(place))
     else:
-        folder = default
+        folder = stored if stored.is_dir() or not default.is_dir() else default
     folder = folder.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,6 +219,10 @@ def _artifact_folder(study: optuna.Study, url: str, wanted: Path | None) -> Path
     if folder != stored:
         study.set_user_attr(ARTIFACT_STORE, folder.as_uri())
     return folder
+
+
+def _used(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _beside(url: str) -> Path:

@@ -136,6 +136,20 @@ def test_passwords_are_masked(text: str, shown: str) -> None:
     assert mask_url(text) == shown
 
 
+def test_models_of_a_removed_database_are_not_taken_for_a_new_studys(tmp_path: Path) -> None:
+    database, elsewhere = tmp_path / "paredown.db", tmp_path / "elsewhere"
+    url = f"sqlite:///{database}"
+    first = open_study("s", FINGERPRINT, OBJECTIVES, url=url)
+    (first.artifacts / "base").mkdir()
+    database.unlink()
+    second = open_study("s", FINGERPRINT, OBJECTIVES, url=url)
+    assert second.artifacts == first.artifacts.with_name("s-2")
+    assert open_study("s", FINGERPRINT, OBJECTIVES, url=url).artifacts == second.artifacts
+    with pytest.raises(InputError, match="models of another study"):
+        open_study("t", FINGERPRINT, OBJECTIVES, url=url, artifacts=first.artifacts)
+    assert open_study("u", FINGERPRINT, OBJECTIVES, url=url, artifacts=elsewhere).artifacts == elsewhere
+
+
 def test_the_password_is_nowhere_in_an_open_study(tmp_path: Path, postgres: str) -> None:
     # Local connections are trusted by this server, so any password opens it.
     with_password = postgres.replace("postgres:@", "postgres:hunter2@")
