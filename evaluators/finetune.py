@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.quiet import QuietSlot
 from evaluators.signature import machine_signature
 from evaluators.teacher import TeacherOutputs, batch_of
+from evaluators.training_state import TrainingState
 from spaces.detectors.base import Detector, Labels
 
 Precision = Literal["float32", "bfloat16"]
@@ -60,11 +62,12 @@ class FineTunePlan(BaseModel):
 
 @dataclass(frozen=True)
 class Epoch:
-    """After an epoch: its number from 1 on, mean loss, median seconds of a step."""
+    """After an epoch: its number from 1 on, mean loss, median seconds of a step, how to take the state."""
 
     number: int
     loss: float
     step_s: float
+    state: Callable[[], TrainingState]
 
 
 class DivergedError(RuntimeError):
@@ -79,8 +82,9 @@ def fine_tune(
     plan: FineTunePlan,
     slot: QuietSlot,
     seed: int,
+    start: TrainingState | None = None,
 ) -> Iterator[Epoch]:
-    """Train `network` in place, yielding after each epoch.
+    """Train `network` in place, yielding after each epoch; from `start` on it ends bit for bit the same.
 
     Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) takes steps relative to the weights' own size:
     trained detectors differ by orders of magnitude there, and a rate that lets one recover wrecks
@@ -91,8 +95,9 @@ def fine_tune(
     Raises:
         DivergedError: the loss is no longer finite.
     """
-    with slot.computing():
-        recalibrate_norms(network, detector, images, plan.batch_size)
+    if start is None:
+        with slot.computing():
+            recalibrate_norms(network, detector, images, plan.batch_size)
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     network.train()
@@ -104,7 +109,8 @@ def fine_tune(
     labels = [images.labels(k) for k in range(len(images))]
     batch_size = min(plan.batch_size, len(images))
     steps = len(images) // batch_size
-    for epoch in range(plan.epochs):
+    first = 0 if start is None else start.restore(network, optimizer, random)
+    for epoch in range(first, plan.epochs):
         order = random.permutation(len(images))
         losses, seconds = [], []
         for step in range(steps):
@@ -121,7 +127,8 @@ def fine_tune(
                 seconds.append(time.perf_counter() - started)
             if not math.isfinite(losses[-1]):
                 raise DivergedError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1}")
-        yield Epoch(epoch + 1, float(np.mean(losses)), float(np.median(seconds)))
+        state = partial(TrainingState.of, epoch + 1, network, optimizer, random)
+        yield Epoch(epoch + 1, float(np.mean(losses)), float(np.median(seconds)), state)
     # Kernels round differently by layout: left as it was, so that a network rebuilt from its stored state
     # calibrates and exports to the very same file.
     network.to(memory_format=torch.contiguous_format)

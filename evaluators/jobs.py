@@ -24,6 +24,18 @@ class Job(BaseModel):
     recipe: Recipe | None = None
     seed: int = 0
     payload: dict[str, Any] = Field(default_factory=dict)
+    """Of a trial: `rungs`, the epochs after which to report a `Rung`."""
+
+
+class Rung(BaseModel):
+    """Figures of a candidate in the middle of its training, by which it may be stopped."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int
+    """Passes over fit so far; 0 is one-shot: compressed, norms measured anew, not trained."""
+    figures: dict[str, float]
+    """ "map" of the exported file on select, and what training no longer changes: size_mb, params, macs."""
 
 
 class StageReport(BaseModel):
@@ -37,6 +49,8 @@ class StageReport(BaseModel):
     waited: float = 0.0
     """Of these, the seconds for which the worker was suspended for somebody's measurement."""
     next_stage: str = ""
+    rung: Rung | None = None
+    """Of a trial whose job asked for it: the driver may stop it here."""
     result: dict[str, Any] | None = None
     """Last report only: `Evaluation.model_dump()` for trials, any JSON object for other jobs."""
 

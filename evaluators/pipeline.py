@@ -21,6 +21,7 @@ from evaluators.kernels import fell_back, stored_and_run, unseen
 from evaluators.latency import PairedLatency
 from evaluators.memory import peak_memory_mb
 from evaluators.parity import require_parity
+from evaluators.rungs import TrialRungs
 from evaluators.stage_clock import StageClock
 from evaluators.targets.base import Predicting, Session
 from evaluators.torch_session import TorchSession
@@ -63,8 +64,9 @@ class CandidateWorker:
         draft.network.requires_grad_(True)
         yield clock.ended("compress", "load the teacher" if draft.changed else "export")
         step_ms: list[float] = []
+        rungs = TrialRungs(bench, draft, recipe, folder, job)
         if draft.changed:  # what only changes its bit-widths keeps its weights
-            yield from self._fine_tune(draft.network, job.seed, clock, step_ms)
+            yield from self._fine_tune(draft.network, job.seed, clock, step_ms, rungs=rungs)
         card, session = self._exported(draft, recipe, folder)
         if recipe.is_identity:
             yield clock.ended("export", "compare with torch")
@@ -104,10 +106,17 @@ class CandidateWorker:
         )
         shown = {name: m.value for name, m in metrics.items()} | {"split": bench.splits["select"].name}
         card.model_copy(update={"figures": shown}).write(folder)
+        rungs.clear()
         yield StageReport(stage="done", result=evaluation.model_dump(mode="json"))
 
     def _fine_tune(
-        self, network: nn.Module, seed: int, clock: StageClock, step_ms: list[float], named: str = "fine-tune"
+        self,
+        network: nn.Module,
+        seed: int,
+        clock: StageClock,
+        step_ms: list[float],
+        named: str = "fine-tune",
+        rungs: TrialRungs | None = None,
     ) -> Iterator[StageReport]:
         """Train in place, a report an epoch. The teacher's outputs are made by whoever comes first."""
         bench = self.bench
@@ -117,14 +126,22 @@ class CandidateWorker:
                 recalibrate_norms(network, bench.detector, bench.fit, bench.config.finetune.batch_size)
             yield clock.ended("measure the norms anew", "export")
             return
+        if rungs is not None:
+            yield from rungs.begin(clock)
+        start = None if rungs is None else rungs.start
         teacher = bench.teacher
-        yield clock.ended("teacher", f"{named} 1/{epochs}")
+        yield clock.ended("teacher", f"{named} {1 if start is None else start.epochs + 1}/{epochs}")
         for epoch in fine_tune(
-            network, bench.detector, bench.fit, teacher, bench.config.finetune, bench.slot, seed
+            network, bench.detector, bench.fit, teacher, bench.config.finetune, bench.slot, seed, start
         ):
             step_ms.append(epoch.step_s * 1e3)
             coming = f"{named} {epoch.number + 1}/{epochs}" if epoch.number < epochs else "export"
-            yield clock.ended(f"{named} {epoch.number}/{epochs}", coming)
+            at_rung = rungs is not None and epoch.number in rungs.epochs
+            yield clock.ended(
+                f"{named} {epoch.number}/{epochs}", f"rung {epoch.number}" if at_rung else coming
+            )
+            if rungs is not None and at_rung:
+                yield rungs.after(epoch, clock, coming)
         network.eval()
 
     def _exported(self, draft: Draft, recipe: Recipe, folder: Path) -> tuple[ModelCard, Session]:

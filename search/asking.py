@@ -14,7 +14,15 @@ from optuna.trial import TrialState
 from search.owners import Driver, others_may_live
 from search.parts import SearchParts
 from search.study import SearchStudy
-from search.trials import RECIPE, TrialWriter, enqueued_params, evaluation_of, is_candidate, recipe_of
+from search.trials import (
+    DUPLICATE_OF,
+    RECIPE,
+    TrialWriter,
+    enqueued_params,
+    evaluation_of,
+    is_stopped,
+    recipe_of,
+)
 from spaces.recipe import Recipe
 
 RE_ASKS = 5
@@ -99,7 +107,11 @@ class Asker:
         return None, answered
 
     def copy(self, original: optuna.trial.FrozenTrial, candidate: Candidate, *, counted: bool) -> None:
-        """Tell `candidate` what was measured for the same recipe before."""
+        """Tell `candidate` what came of the same recipe before."""
+        if is_stopped(original):
+            candidate.writer.stop_like(original, uncounted=not counted)
+            self._driver.release(candidate.writer.id)
+            return
         evaluation = evaluation_of(original)
         assert evaluation is not None
         judge = self._parts.judge
@@ -130,8 +142,9 @@ class Asker:
 
     def _original(self, candidate: Candidate) -> optuna.trial.FrozenTrial | None:
         text = candidate.recipe.to_json()
-        for trial in self._study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            if trial.user_attrs.get(RECIPE) == text and is_candidate(trial):
+        states = (TrialState.COMPLETE, TrialState.PRUNED) if self._parts.rungs else (TrialState.COMPLETE,)
+        for trial in self._study.optuna.get_trials(deepcopy=False, states=states):
+            if trial.user_attrs.get(RECIPE) == text and DUPLICATE_OF not in trial.user_attrs:
                 return trial
         return None
 

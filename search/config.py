@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evaluators.bench import BenchConfig
 from evaluators.ranking import Problem
@@ -19,6 +19,9 @@ _LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
 _PATHS = ("checkpoint", "data.root", "data.fit", "data.select", "data.report")
 """Looked for beside the configuration first, then in the working directory."""
 
+USUAL_RUNGS = (0.0, 1 / 3)
+"""Shares of the epochs: one-shot, short."""
+
 
 class SearchSettings(BaseModel):
     """How a search is run.
@@ -28,6 +31,9 @@ class SearchSettings(BaseModel):
         workers: processes that evaluate candidates, each with the bench's number of threads.
         sampler: see `search.strategy`.
         seeds: begin with solutions of the solver over measured sensitivities.
+        rungs: stop candidates in the middle of their training; see `search.rungs`. True for the usual rungs
+            (before training and after a third of it), or the shares of the epochs after which to look, such
+            as `[0, 0.25, 0.5]`. By default the usual ones where candidates are trained for 2 epochs or more.
         warm_start: name of another study in the same database to begin with; see `search.warm_start`.
     """
 
@@ -37,7 +43,15 @@ class SearchSettings(BaseModel):
     workers: int = Field(default=1, ge=1)
     sampler: str = "front"
     seeds: bool = True
+    rungs: bool | tuple[float, ...] | None = None
     warm_start: str | None = None
+
+    @field_validator("rungs")
+    @classmethod
+    def _shares(cls, rungs: bool | tuple[float, ...] | None) -> bool | tuple[float, ...] | None:
+        if isinstance(rungs, tuple) and not (rungs and all(0.0 <= share < 1.0 for share in rungs)):
+            raise InputError("search.rungs", list(rungs), "write shares of the epochs: 0 or more, below 1")
+        return rungs
 
 
 class SearchConfig(BenchConfig):
@@ -54,6 +68,23 @@ class SearchConfig(BenchConfig):
     search: SearchSettings = SearchSettings()
     problem: Problem = Problem()
     keep_mb: float = Field(default=2000.0, gt=0.0)
+
+    @property
+    def rungs(self) -> tuple[int, ...]:
+        """Epochs of a candidate's training after which it may be stopped; empty where it never is.
+
+        Raises:
+            InputError: rungs are asked for, but candidates are not trained.
+        """
+        epochs, asked = self.finetune.epochs, self.search.rungs
+        if asked is None:
+            asked = epochs >= 2
+        if asked is False:
+            return ()
+        if epochs == 0:
+            raise InputError("search.rungs", asked, "needs finetune.epochs of at least 1")
+        shares = USUAL_RUNGS if asked is True else asked
+        return tuple(sorted({min(round(share * epochs), epochs - 1) for share in shares}))
 
     @property
     def bench(self) -> BenchConfig:

@@ -17,7 +17,7 @@ from search.judge import gain_of_training_further, reference_of
 from search.report import FrontRow, TrialPoint, rows_to_json
 from search.retention import base_number, front_numbers
 from search.study import SearchStudy
-from search.trials import evaluation_of, is_candidate, recipe_of
+from search.trials import counts, evaluation_of, is_candidate, is_stopped, recipe_of
 from spaces.errors import InputError
 
 FINAL = "front measured again"
@@ -86,6 +86,11 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
         n: _row(study, trials[n], evaluations[n], final, role, n == number, scale) for n in {*chosen, number}
     }
     remarks = _remarks(base_evaluation, role, chosen, final)
+    stopped, counted = sum(map(is_stopped, filter(counts, trials))), sum(map(counts, trials))
+    if stopped:
+        remarks.append(
+            f"{stopped} of {counted} trials were stopped early at a rung and are not compared here"
+        )
     remarks += _how_it_runs({n: evaluations[n] for n in sorted({*chosen, number})})
     listed = sorted((rows[n] for n in chosen if role == "select" or _on_report(n, final)), key=_best_first)
     if role == "select":

@@ -85,6 +85,11 @@ class LatencyLearner:
         self._table, self._probes, self._ratios = table, probes, ratios
         self._features: dict[bytes, NDArray[np.float64]] = {}
 
+    @property
+    def probed(self) -> int:
+        """How many recipes were only timed."""
+        return len(self._ratios)
+
     def __call__(self, finished: Finished) -> LatencyModel:
         """The model of the probes and these trials; one of the two must not be empty."""
         options = np.concatenate([self._probes, finished.options])

@@ -12,7 +12,7 @@ from search.parts import SearchParts
 from search.progress import Progress
 from search.source import StudySource
 from search.study import SearchStudy
-from search.trials import counts
+from search.trials import counts, is_stopped
 from search.workers import Pool, StopRequest, WorkerFactory, run_jobs
 from spaces.errors import InputError
 
@@ -22,7 +22,8 @@ class SearchOutcome:
     """What a run came to.
 
     Attributes:
-        finished, failed: trials of the study that count, and those among them that failed.
+        finished, failed, stopped_early: trials of the study that count, those among them that failed, and
+            those that were stopped at a rung.
         interrupted: trials that this run returned to be done again (its own or a dead driver's).
         stopped: True where Ctrl-C or SIGTERM ended the run before the study had its trials.
         seconds: wall-clock of this run.
@@ -33,6 +34,7 @@ class SearchOutcome:
     interrupted: int
     stopped: bool
     seconds: float
+    stopped_early: int = 0
 
 
 def run_search(
@@ -76,4 +78,5 @@ def run_search(
         interrupted=source.interrupted_count,
         stopped=not ended,
         seconds=time.monotonic() - began,
+        stopped_early=sum(map(is_stopped, finished)),
     )

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from search.processes import process_started
 from search.storage import GRACE_SECONDS, HEARTBEAT_SECONDS
-from search.trials import TrialWriter, doing, owner_of
+from search.trials import doing, give_back, owner_of
 
 _DRIVER_PREFIX = "paredown:driver/"
 _live_here: set[str] = set()  # drivers of this very process
@@ -111,7 +111,7 @@ def driver_of(study: optuna.Study) -> Iterator[Driver]:
 
 
 def recover_orphans(study: optuna.Study, me: Driver | None = None) -> list[tuple[int, str]]:
-    """Tell FAIL for RUNNING trials whose driver is gone and enqueue their parameters again.
+    """Put RUNNING trials whose driver is gone back into the queue; see `search.trials.give_back`.
 
     Args:
         study: any study of ours.
@@ -132,7 +132,7 @@ def recover_orphans(study: optuna.Study, me: Driver | None = None) -> list[tuple
             alive = False  # its driver was killed between creating and signing it
         if alive is None:
             alive = trial._trial_id not in stale and not _unsigned_for_long(trial)
-        if not alive and TrialWriter(study, trial).interrupt(trial, crashed=True):
+        if not alive and give_back(study, trial, crashed=True):
             recovered.append((trial.number, doing(trial)))
     return recovered
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
 
 from evaluators.evaluation import Evaluation
-from evaluators.jobs import Job
+from evaluators.jobs import Job, Rung
 from search.study import SearchStudy
 from spaces.recipe import Recipe
 
@@ -42,6 +43,40 @@ class Planner(Protocol):
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What becomes of a trial at a rung.
+
+    Attributes:
+        stop: True ends the trial here.
+        reason: one line for the user; empty where it goes on.
+        figures: what it was decided by, kept with those of the rung.
+    """
+
+    stop: bool
+    reason: str = ""
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class RungRule(Protocol):
+    """Decides at which rungs of its training a candidate is looked at, and whether it goes on."""
+
+    @property
+    def epochs(self) -> Sequence[int]:
+        """The rungs, by passes over fit; 0 is before any."""
+        ...
+
+    def verdict(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, rung: Rung) -> Verdict:
+        """Decide from the trials of the study alone, so that any driver would decide the same.
+
+        Args:
+            trials: all of the study.
+            trial: running; the one that has come to the rung.
+            rung: its figures there, which `trials` does not have yet.
+        """
+        ...
+
+
+@dataclass(frozen=True)
 class SearchParts:
     """
     Attributes:
@@ -58,6 +93,7 @@ class SearchParts:
             enqueue trials (`study.optuna.enqueue_trial`).
         after_trial: called after each trial that this driver has told, with its number.
         payload: handed to the worker with every trial.
+        rungs: stops candidates in the middle of their training; None lets all of them end it.
     """
 
     distributions: Mapping[str, BaseDistribution]
@@ -70,3 +106,4 @@ class SearchParts:
     on_prepared: Callable[[SearchStudy], None] | None = None
     after_trial: Callable[[SearchStudy, int], None] | None = None
     payload: Mapping[str, Any] | None = None
+    rungs: RungRule | None = None

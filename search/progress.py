@@ -55,7 +55,7 @@ class Progress:
         self._console = Console(file=self.stream, highlight=False, soft_wrap=True)
         self._live: Live | None = None
         self._doing: dict[int, _Doing] = {}
-        self._finished = self._failed = 0
+        self._finished = self._failed = self._stopped = 0
         self.base: Point | None = None
         self._front: list[Point] = []
         self._trial_seconds: list[float] = []
@@ -103,8 +103,9 @@ class Progress:
         if self._preparing:
             self._say_seldom(f"preparing: {done}/{known} done")
 
-    def totals(self, finished: int, failed: int) -> None:
-        self._finished, self._failed = finished, failed
+    def totals(self, finished: int, failed: int, stopped: int = 0) -> None:
+        """Trials that count, those among them that failed, and those that were stopped early."""
+        self._finished, self._failed, self._stopped = finished, failed, stopped
 
     def points(self, base: Point | None, front: Sequence[Point]) -> None:
         self.base, self._front = base, list(front)
@@ -132,6 +133,8 @@ class Progress:
 
     def __rich__(self) -> RenderableType:
         head = Text(f"trials {self._finished}/{self.total}", style="bold")
+        if self._stopped:
+            head.append(f"  stopped early {self._stopped}", style="dim")
         if self._failed:
             head.append(f"  failed {self._failed}", style="yellow")
         if self._preparing:

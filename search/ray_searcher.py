@@ -19,12 +19,12 @@ from typing import Any
 import ray
 from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from evaluators.jobs import Job, StageReport
 from search.processes import process_started
 from search.ray_runtime import environment
+from search.ray_scheduler import RungScheduler
 from search.ray_worker import EVENT, WorkerProcess
 from search.workers import FINISHED, JobSource, Pool, StopRequest, WorkerFactory, WorkersUnusableError
 from spaces.errors import InputError
@@ -114,6 +114,17 @@ class JobSearcher(Searcher):
         taken = {live.slot for live in self.live.values()}
         return _Live(job, next(slot for slot in range(self._workers) if slot not in taken), offers=1)
 
+    def stops(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """True where the job has come to a rung and is to be stopped there; the scheduler asks."""
+        live, report = self.live[trial_id], _rung_report(result)
+        if report is None or self.error is not None:
+            return False
+        try:
+            return self._source.rung(live.job, report)
+        except BaseException as error:
+            self.error = error
+            return False
+
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         live, event = self.live[trial_id], json.loads(result[EVENT])
         if event["kind"] == "accepted":
@@ -142,6 +153,8 @@ class JobSearcher(Searcher):
         elif event["kind"] == "failed":
             reason, trace = event["reason"], event["traceback"]
             self._guarded(self._source.failed, live.job, event["stage"], reason, trace)
+        elif event["kind"] == "stage":
+            self._guarded(self._source.stopped, live.job)
         elif event["kind"] == "unusable":
             self.live[trial_id] = live
             shown = event["input_error"]
@@ -194,24 +207,6 @@ class _Watch(tune.Callback):
             live.actor = trial.temporary_state.ray_actor
 
 
-class _KeepActors(FIFOScheduler):
-    """Keeps every worker process for the next job.
-
-    Tune keeps one idle actor unless trials are staged already, and ours never are; without this, two
-    workers that end while the source has nothing to do would cost a start (import torch) later.
-    """
-
-    def __init__(self, workers: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._workers, self._told = workers, False
-
-    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
-        cache = getattr(tune_controller, "_actor_cache", None)
-        if cache is not None and not self._told:
-            cache.increase_max(trial.placement_group_factory, by=self._workers)
-            self._told = True
-
-
 def run(source: JobSource, factory: WorkerFactory, pool: Pool, request: StopRequest, scratch: Path) -> bool:
     """See `search.workers.run_jobs`; Ray is running, `scratch` is a folder that is removed later."""
     searcher = JobSearcher(source, pool.workers, request)
@@ -225,7 +220,7 @@ def run(source: JobSource, factory: WorkerFactory, pool: Pool, request: StopRequ
                 trainable,
                 name="jobs",
                 search_alg=searcher,
-                scheduler=_KeepActors(pool.workers),
+                scheduler=RungScheduler(searcher.stops, pool.workers),
                 num_samples=-1,
                 reuse_actors=True,
                 max_failures=0,
@@ -248,6 +243,12 @@ def run(source: JobSource, factory: WorkerFactory, pool: Pool, request: StopRequ
     if searcher.error is not None:
         raise searcher.error
     return False
+
+
+def _rung_report(result: dict[str, Any]) -> StageReport | None:
+    event = json.loads(result[EVENT])
+    report = StageReport.model_validate(event["report"]) if event["kind"] == "stage" else None
+    return None if report is None or report.rung is None else report
 
 
 def _return_jobs(source: JobSource, searcher: JobSearcher) -> None:

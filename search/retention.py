@@ -50,8 +50,8 @@ def retain(study: SearchStudy, keep_mb: float, keep: Collection[int] | None = No
     """Remove from the artefact folder what is not worth its place.
 
     Folders of running and waiting trials are never touched. Of a finished trial that is neither base
-    nor on the front only `STATE_FILES` stay; of a failed one nothing. While the whole is larger than
-    `keep_mb`, states go, the oldest first. Whatever happens, the front and the base keep all files.
+    nor on the front only `STATE_FILES` stay; of a failed or stopped one nothing. While the whole is larger
+    than `keep_mb`, states go, the oldest first. Whatever happens, the front and the base keep all files.
 
     Args:
         study: its `trial_folder(number)` is where the files of a trial are.
@@ -85,7 +85,7 @@ def retain(study: SearchStudy, keep_mb: float, keep: Collection[int] | None = No
 
 
 def _worth_keeping(trial: FrozenTrial) -> bool:
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED)
+    return trial.state == TrialState.COMPLETE
 
 
 def _strip(folder: Path) -> None:

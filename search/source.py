@@ -19,8 +19,9 @@ from search.parts import SearchParts
 from search.preparation import PREPARED, Preparation
 from search.progress import Point, Progress, describe
 from search.retention import base_number, front_numbers
+from search.rungs import at_rung
 from search.study import SearchStudy
-from search.trials import counts, is_candidate
+from search.trials import REASON, counts, is_candidate, is_stopped
 from search.workers import FINISHED, Finished
 
 _IDLE_SECONDS = 1.0
@@ -57,6 +58,8 @@ class StudySource:
         self._asker = Asker(study, parts, driver)
         self._preparation = Preparation(study, parts.planner, driver)
         self._running: dict[str, _Running] = {}
+        rungs = {} if parts.rungs is None else {"rungs": list(parts.rungs.epochs)}
+        self._payload = {**(parts.payload or {}), **rungs}
         self._idle_until = 0.0
         self._recovered_at = time.monotonic()
         self.interrupted_count = 0
@@ -130,7 +133,7 @@ class StudySource:
             number=candidate.number,
             recipe=candidate.recipe,
             seed=self._parts.seed,
-            payload=dict(self._parts.payload or {}),
+            payload=self._payload,
         )
         self._running[job.name] = _Running(job, candidate)
         return job
@@ -146,6 +149,19 @@ class StudySource:
         self._progress.stage(running.worker, report.next_stage)
         if running.candidate is not None and report.next_stage:
             running.candidate.writer.set_doing(report.next_stage)
+
+    def rung(self, job: Job, report: StageReport) -> bool:
+        candidate = self._running[job.name].candidate
+        if candidate is None or self._parts.rungs is None or report.rung is None:
+            return False
+        return at_rung(self._study.optuna, self._parts.rungs, candidate.writer, report.rung).stop
+
+    def stopped(self, job: Job) -> None:
+        candidate = self._end(job).candidate
+        assert candidate is not None
+        candidate.writer.stop()
+        stored = self._study.optuna._storage.get_trial(candidate.writer.id)
+        self._told(candidate, lambda: f"stopped early, {stored.user_attrs.get(REASON, '')}")
 
     def done(self, job: Job, result: dict[str, Any]) -> None:
         running = self._end(job)
@@ -251,15 +267,14 @@ class StudySource:
     def _settle_twins(self, candidate: Candidate) -> None:
         original = self._study.optuna._storage.get_trial(candidate.writer.id)
         for twin in self._asker.twins_of.pop(candidate.recipe.key, []):
-            if is_candidate(original):
+            if is_candidate(original) or is_stopped(original):
                 self._asker.copy(original, twin, counted=False)
             else:
                 self._asker.hold(twin)  # it may fare better
 
     def _return(self, candidate: Candidate) -> None:
         self._driver.release(candidate.writer.id)
-        frozen = self._study.optuna._storage.get_trial(candidate.writer.id)
-        if candidate.writer.interrupt(frozen, crashed=False):
+        if candidate.writer.give_back():
             self.interrupted_count += 1
 
     # -- what is shown
@@ -270,7 +285,8 @@ class StudySource:
     def _refresh(self) -> None:
         trials = self._trials()
         finished = [t for t in trials if counts(t)]
-        self._progress.totals(len(finished), sum(t.state == TrialState.FAIL for t in finished))
+        failed = sum(t.state == TrialState.FAIL for t in finished)
+        self._progress.totals(len(finished), failed, sum(map(is_stopped, finished)))
         names = list(self._study.objectives)
         values = {t.number: t.values for t in trials if t.state == TrialState.COMPLETE}
         points = {n: Point(n, dict(zip(names, v, strict=True))) for n, v in values.items()}

@@ -6,14 +6,16 @@ User attributes are shown by the dashboard and kept few; bookkeeping goes to sys
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.evaluation import Evaluation
+from search.handover import OWNER, hand_over, owner_in
 from spaces.recipe import Recipe
 
 RECIPE = "recipe"
@@ -22,13 +24,13 @@ STAGE = "stage"
 REASON = "reason"
 TRACEBACK = "traceback"
 DUPLICATE_OF = "duplicate_of"
-RETRY_OF = "retry_of"
+INTERRUPTED = "interrupted"
+"""The stages in which a trial was interrupted so far."""
 RUNG_PREFIX = "rung/"
 """Trial attribute `rung/EPOCHS`: figures of the candidate after so many epochs of its fine-tuning."""
 JOB_PREFIX = "job/"
 """Study attribute of a preparatory job: `{"result": {...}}` or `{"failure": {"stage", "reason"}}`."""
 
-_OWNER = "paredown:owner"
 _DOING = "paredown:doing"
 _CRASHES = "paredown:crashes"
 _UNCOUNTED = "paredown:uncounted"
@@ -68,6 +70,11 @@ def counts(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() and _UNCOUNTED not in trial.system_attrs
 
 
+def is_stopped(trial: FrozenTrial) -> bool:
+    """True for a trial that was stopped at a rung."""
+    return trial.state == TrialState.PRUNED
+
+
 def is_candidate(trial: FrozenTrial) -> bool:
     """True for a complete trial that is no copy of another one."""
     return trial.state == TrialState.COMPLETE and DUPLICATE_OF not in trial.user_attrs
@@ -84,7 +91,7 @@ def finished_count(study: optuna.Study) -> int:
 
 
 def owner_of(trial: FrozenTrial) -> dict[str, Any] | None:
-    owner = trial.system_attrs.get(_OWNER)
+    owner = trial.system_attrs.get(OWNER)
     return owner if isinstance(owner, dict) else None
 
 
@@ -98,24 +105,77 @@ def doing(trial: FrozenTrial) -> str:
     return str(trial.system_attrs.get(_DOING, "start"))
 
 
+def give_back(study: optuna.Study, trial: FrozenTrial, *, crashed: bool) -> bool:
+    """Put a RUNNING trial back into the queue, under its number, with all that is known of it.
+
+    Args:
+        study: of the trial.
+        trial: as it was read; another owner than it has here keeps it.
+        crashed: True where its driver died. At the second time the trial is ended instead (FAIL, not
+            counted), since it may be what kills the drivers; after a clean stop it always goes back.
+
+    Returns:
+        True where this call did it.
+    """
+    stages = [*trial.user_attrs.get(INTERRUPTED, []), doing(trial)]
+    crashes = int(trial.system_attrs.get(_CRASHES, 0)) + crashed
+    user: dict[str, Any] = {INTERRUPTED: stages}
+    system: dict[str, Any] = {_CRASHES: crashes}
+    state = TrialState.WAITING
+    if crashes > 1:
+        state = TrialState.FAIL
+        user |= {STAGE: stages[-1], REASON: f"interrupted in stage {stages[-1]}, with its driver again"}
+        system |= {_UNCOUNTED: "interrupted"}
+    owner = trial.system_attrs.get(OWNER)
+    return hand_over(study._storage, trial._trial_id, owner, state, user, system)
+
+
 class TrialWriter:
     """Writes to one running trial of ours.
 
     Another driver may have taken the trial for an orphan (we were suspended for longer than the grace
-    period): then `lost` turns True and writing does nothing, because the trial is finished.
+    period): then `lost` turns True and writing does nothing, because the trial is another one's now.
     """
 
     def __init__(self, study: optuna.Study, trial: optuna.Trial | FrozenTrial) -> None:
         self._study, self.id, self.number = study, trial._trial_id, trial.number
+        self._signature: dict[str, Any] | None = None
         self.lost = False
 
     def claim(self, owner: dict[str, Any], recipe: Recipe | None = None) -> None:
-        self._system(_OWNER, owner)
+        """Sign the trial. The signature is this claim's own: a driver may come by a trial twice."""
+        signature = {**owner, "claim": uuid.uuid4().hex[:12]}
+        self._system(OWNER, signature)
+        self._signature = signature
         if recipe is not None:
             self._user(RECIPE, recipe.to_json())
 
     def set_doing(self, stage: str) -> None:
         self._system(_DOING, stage)
+
+    def give_back(self) -> bool:
+        """Put the trial back into the queue, unless it is another driver's now; see `give_back`."""
+        frozen = self._study._storage.get_trial(self.id)
+        return owner_of(frozen) == self._signature and give_back(self._study, frozen, crashed=False)
+
+    def reach(self, epochs: int, figures: Mapping[str, float], reason: str = "") -> None:
+        """Write down the figures at a rung and, where the trial is stopped there, why."""
+        if reason:
+            self._user(REASON, reason)
+        self._user(f"{RUNG_PREFIX}{epochs}", dict(figures))
+
+    def stop(self) -> None:
+        """Tell PRUNED: stopped at the rung that it has reached. It counts."""
+        self._tell(TrialState.PRUNED)
+
+    def stop_like(self, original: FrozenTrial, *, uncounted: bool) -> None:
+        """Tell PRUNED with the rungs of a trial of the same recipe that was stopped."""
+        for epochs, figures in rung_figures(original).items():
+            self.reach(epochs, figures, str(original.user_attrs.get(REASON, "")))
+        self._user(DUPLICATE_OF, original.number)
+        if uncounted:
+            self._system(_UNCOUNTED, "repeat")
+        self._tell(TrialState.PRUNED)
 
     def complete(
         self,
@@ -153,35 +213,6 @@ class TrialWriter:
         self._system(_UNCOUNTED, "discarded")
         self._tell(TrialState.FAIL)
 
-    def interrupt(self, frozen: FrozenTrial, *, crashed: bool) -> bool:
-        """Tell FAIL "interrupted", uncounted, and enqueue the same parameters again.
-
-        Args:
-            frozen: the trial as it is stored.
-            crashed: True where its driver died. Such a trial is enqueued again only once, since it may
-                be what killed the driver; after a clean stop it is always enqueued again.
-
-        Returns:
-            True where this call interrupted the trial, False where it was finished already.
-        """
-        stage = doing(frozen)
-        self._user(STAGE, stage)
-        self._user(REASON, f"interrupted in stage {stage}")
-        self._system(_UNCOUNTED, "interrupted")
-        if not self._set_state(TrialState.FAIL):
-            return False
-        crashes = int(frozen.system_attrs.get(_CRASHES, 0)) + crashed
-        params = {**frozen.system_attrs.get(_FIXED, {}), **frozen.params}
-        if params and crashes <= 1:
-            self._study.add_trial(
-                create_trial(
-                    state=TrialState.WAITING,
-                    system_attrs={_FIXED: params, _CRASHES: crashes},
-                    user_attrs={RETRY_OF: self.number},
-                )
-            )
-        return True
-
     def _user(self, key: str, value: Any) -> None:
         self._unless_lost(self._study._storage.set_trial_user_attr, key, value)
 
@@ -189,29 +220,25 @@ class TrialWriter:
         self._unless_lost(self._study._storage.set_trial_system_attr, key, value)
 
     def _unless_lost(self, write: Any, key: str, value: Any) -> None:
-        if not self.lost:
+        if self._is_ours():
             try:
                 write(self.id, key, value)
             except UpdateFinishedTrialError:
                 self.lost = True
 
+    def _is_ours(self) -> bool:
+        if not self.lost and self._signature is not None:
+            self.lost = owner_in(self._study._storage, self.id) != self._signature
+        return not self.lost
+
     def _tell(self, state: TrialState, values: Sequence[float] | None = None) -> None:
-        if self.lost:
+        if not self._is_ours():
             return
         try:  # through Optuna's tell: samplers look at finished trials there
             self._study.tell(self.number, None if values is None else list(values), state)
         except UpdateFinishedTrialError:
             self.lost = True
         except ValueError:
-            if not self._study._storage.get_trial(self.id).state.is_finished():
+            if self._study._storage.get_trial(self.id).state == TrialState.RUNNING:
                 raise
             self.lost = True
-
-    def _set_state(self, state: TrialState) -> bool:
-        if self.lost:
-            return False
-        try:
-            return self._study._storage.set_trial_state_values(self.id, state)
-        except UpdateFinishedTrialError:
-            self.lost = True
-            return False

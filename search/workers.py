@@ -89,6 +89,14 @@ class JobSource(Protocol):
         """A stage of the job has ended."""
         ...
 
+    def rung(self, job: Job, report: StageReport) -> bool:
+        """The job has come to a rung (`report.rung`). True stops it: `stopped` follows, else `progress`."""
+        ...
+
+    def stopped(self, job: Job) -> None:
+        """The job was stopped at its rung; its worker is free."""
+        ...
+
     def done(self, job: Job, result: dict[str, Any]) -> None:
         """The job's last report, decoded from JSON (which may hold NaN)."""
         ...

@@ -52,6 +52,10 @@ def search(
         bool | None,
         typer.Option("--seeds/--no-seeds", help="Begin with solutions over measured sensitivities, or not."),
     ] = None,
+    rungs: Annotated[
+        bool | None,
+        typer.Option("--rungs/--no-rungs", help="Stop candidates early that fall behind, or never."),
+    ] = None,
     warm_start: Annotated[
         str | None,
         typer.Option("--warm-start", help="Begin with what another study knows.", metavar="STUDY"),
@@ -90,11 +94,13 @@ def search(
         "search.workers": workers,
         "search.sampler": sampler,
         "search.seeds": seeds,
+        "search.rungs": rungs,
         "search.warm_start": warm_start,
         "finetune.epochs": epochs,
         "name": study,
     }
     settings = load_config(config, changes)
+    _ = settings.rungs  # refused before anything is made
     if settings.search.sampler != "front":
         sampler_named(settings.search.sampler)  # before anything is made
     bench = prepared_bench(settings)
@@ -122,8 +128,9 @@ def search(
         say(f"stopped with {outcome.finished} of {total} trials, which are all kept. Go on with")
         say(f"  {same_again('search')}")
         return 130
-    failed = f", {outcome.failed} of them failed" if outcome.failed else ""
-    say(f"{outcome.finished} trials{failed}, {duration(outcome.seconds)}")
+    early = f", {outcome.stopped_early} stopped early" if outcome.stopped_early else ""
+    failed = f", {outcome.failed} failed" if outcome.failed else ""
+    say(f"{outcome.finished} trials{early}{failed}, {duration(outcome.seconds)}")
     return _finale(settings, bench, opened, storage)
 
 
@@ -179,7 +186,9 @@ def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchPa
     from search.judge import ProblemJudge
     from search.parts import SearchParts
     from search.retention import retain
+    from search.rungs import HalvingRule, PredictedRatios
     from search.strategy import Strategy
+    from spaces.table import SpaceTable
 
     def after_trial(study: SearchStudy, _number: int) -> None:
         retain(study, settings.keep_mb)
@@ -192,6 +201,8 @@ def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchPa
         seeds=settings.search.seeds,
         trials=settings.search.trials,
     )
+    ratios = PredictedRatios(SpaceTable(bench.space), study)
+    rungs = HalvingRule(study, settings.problem, settings.rungs, ratios) if settings.rungs else None
     return SearchParts(
         distributions=bench.space.distributions(),
         to_recipe=bench.space.recipe,
@@ -202,6 +213,7 @@ def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchPa
         planner=strategy.planner,
         on_prepared=strategy.on_prepared,
         after_trial=after_trial,
+        rungs=rungs,
     )
 
 

@@ -87,6 +87,8 @@ def test_the_configurations_of_the_project_are_read(file: Path) -> None:
         ({**LEAST, "problem": {"objectives": ["map", "beauty"]}}, "objectives", "choose from map"),
         ({**LEAST, "problem": {"limits": {"max_beauty": 1}}}, "limits.max_beauty", "limit one of map"),
         ({**LEAST, "data": {"root": "x", "format": "voc"}}, "data.format", "'yolo'"),
+        ({**LEAST, "search": {"rungs": [0, 1.0]}}, "search.rungs", "below 1"),
+        ({**LEAST, "search": {"rungs": []}}, "search.rungs", "shares of the epochs"),
         ({"checkpoint": "x", "data": {"root": "x"}}, "model", "is missing"),
         ({"model": "x", "data": {"root": "x"}}, "checkpoint", "--checkpoint"),
         ("- a\n- b\n", "config", "must hold fields"),
@@ -99,6 +101,31 @@ def test_one_line_says_what_is_wrong(tmp_path: Path, document: Any, field: str, 
     assert field in caught.value.field
     assert remedy in caught.value.remedy
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "epochs", "rungs"),
+    [
+        (None, 0, ()),
+        (None, 1, ()),
+        (None, 2, (0, 1)),
+        (None, 3, (0, 1)),
+        (True, 8, (0, 3)),
+        (True, 1, (0,)),
+        (False, 8, ()),
+        ([0.25, 0.5, 0.9], 8, (2, 4, 7)),
+        ([0.9], 2, (1,)),  # never after the last epoch
+    ],
+)
+def test_rungs_by_epochs(tmp_path: Path, asked: Any, epochs: int, rungs: tuple[int, ...]) -> None:
+    document = {**LEAST, "search": {"rungs": asked}, "finetune": {"epochs": epochs}}
+    assert load_config(write(tmp_path, document)).rungs == rungs
+
+
+def test_rungs_of_no_training_are_refused(tmp_path: Path) -> None:
+    document = {**LEAST, "search": {"rungs": True}, "finetune": {"epochs": 0}}
+    with pytest.raises(InputError, match=r"finetune\.epochs of at least 1"):
+        _ = load_config(write(tmp_path, document)).rungs
 
 
 @pytest.mark.parametrize("text", ["size_mb", "size_mb=2", "size_mb<=two", "<=3", "size_mb<=1.2.3"])

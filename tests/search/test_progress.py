@@ -36,13 +36,21 @@ def test_the_panel_shows_workers_totals_and_points() -> None:
     progress.started(0, "trial 11")
     progress.stage(0, "finetune 2/4")
     progress.started(1, "sensitivity 3/8")
-    progress.totals(10, 2)
+    progress.totals(10, 2, 3)
     progress.preparing(3, 8)
     progress.points(BASE, [BETTER, BASE])
     out = io.StringIO()
     Console(file=out, width=100).print(progress)
     shown = out.getvalue()
-    for text in ("trials 10/40", "failed 2", "preparing 3/8", "trial 11", "finetune 2/4", "sensitivity 3/8"):
+    for text in (
+        "trials 10/40",
+        "failed 2",
+        "stopped early 3",
+        "preparing 3/8",
+        "trial 11",
+        "finetune 2/4",
+        "sensitivity 3/8",
+    ):
         assert text in shown
     assert "6.4 (1.56x)" in shown
     assert shown.count("(1.00x)") == 1, "the base is shown once, also where it is on the front"

@@ -21,7 +21,7 @@ from search.owners import Driver, Owner, driver_of, recover_orphans
 from search.processes import process_started
 from search.storage import mask_url, open_storage
 from search.study import SearchStudy, load_study, open_study
-from search.trials import TrialWriter, counts, enqueued_params, evaluation_of, owner_of, recipe_of
+from search.trials import TrialWriter, counts, evaluation_of, give_back, owner_of, recipe_of
 from spaces.errors import InputError
 
 
@@ -218,28 +218,30 @@ def die_with_two_trials(study: SearchStudy) -> None:
     assert subprocess.run(command, env=environment).returncode == -9
 
 
-def test_trials_of_a_killed_driver_are_done_again_once(study: SearchStudy) -> None:
+def test_trials_of_a_killed_driver_go_on_under_their_numbers_once(study: SearchStudy) -> None:
     die_with_two_trials(study)
     assert states(study) == ["RUNNING", "RUNNING"]
+    before = [trial.params for trial in study.optuna.get_trials()]
     with driver_of(study.optuna) as me:
         mine = held(study, me)
         assert recover_orphans(study.optuna, me) == [(0, "finetune 2/4"), (1, "start")]
         assert recover_orphans(study.optuna, me) == []
-        assert states(study) == ["FAIL", "FAIL", "RUNNING", "WAITING", "WAITING"]
-        first, second, _, again, _ = study.optuna.get_trials()
-        assert first.user_attrs["reason"] == "interrupted in stage finetune 2/4"
-        assert first.user_attrs["stage"] == "finetune 2/4"
+        assert states(study) == ["WAITING", "WAITING", "RUNNING"]
+        first, second, _ = study.optuna.get_trials()
+        assert [t.user_attrs["interrupted"] for t in (first, second)] == [["finetune 2/4"], ["start"]]
+        assert [owner_of(first), owner_of(second)] == [None, None]
         assert not counts(first)
-        assert not counts(second)
-        assert again.user_attrs["retry_of"] == 0
-        assert enqueued_params(again) == first.params
 
         # Its second crash is the last one: it may be what kills the drivers.
         mine.fail("export", "its own failure")
         die_with_two_trials(study)  # takes the two that wait
+        assert [trial.params for trial in study.optuna.get_trials()][:2] == before
         recover_orphans(study.optuna, me)
-    assert "RUNNING" not in states(study)
-    assert "WAITING" not in states(study)
+    assert states(study) == ["FAIL", "FAIL", "FAIL"]
+    first = study.optuna.get_trials()[0]
+    assert first.user_attrs["interrupted"] == ["finetune 2/4", "finetune 2/4"]
+    assert first.user_attrs["reason"] == "interrupted in stage finetune 2/4, with its driver again"
+    assert first.datetime_complete is not None
     assert [t.number for t in study.optuna.get_trials() if counts(t)] == [2]
 
 
@@ -249,10 +251,42 @@ def test_a_clean_stop_never_uses_up_the_retry(study: SearchStudy) -> None:
         for _ in range(3):
             writer = held(study, driver)
             frozen = study.optuna.get_trials()[writer.number]
+            assert writer.number == 0
             assert not params or frozen.params == params
             params = frozen.params
-            assert writer.interrupt(frozen, crashed=False)
-    assert states(study) == ["FAIL", "FAIL", "FAIL", "WAITING"]
+            assert writer.give_back()
+    assert states(study) == ["WAITING"]
+
+
+def test_only_one_of_several_drivers_puts_an_orphan_back(study: SearchStudy) -> None:
+    """The second one has read the trial before the first acted, and a third one runs it by then."""
+    die_with_two_trials(study)
+    stale = study.optuna.get_trials()[0]
+    with driver_of(study.optuna) as me:
+        assert give_back(study.optuna, stale, crashed=True)
+        assert not give_back(study.optuna, stale, crashed=True), "it waits already"
+        again = held(study, me)
+        assert again.number == 0
+        assert not give_back(study.optuna, stale, crashed=True)
+        assert recover_orphans(study.optuna, me) == [(1, "start")], "its heartbeat is not the old one's"
+        assert states(study)[0] == "RUNNING"
+        again.set_doing("export")
+        assert not again.lost
+
+
+def test_who_had_a_trial_before_does_not_write_to_it(study: SearchStudy) -> None:
+    with driver_of(study.optuna) as driver:
+        before = held(study, driver)
+        assert give_back(study.optuna, study.optuna.get_trials()[0], crashed=True)
+        now = held(study, driver)  # the same driver has come by it again
+        assert now.number == before.number
+        before.set_doing("export")
+        assert before.lost
+        assert not before.give_back()
+        before.complete([1.0, 2.0], Evaluation(recipe_key="0", status="ok"))
+        assert states(study) == ["RUNNING"]
+        now.complete([3.0, 4.0], Evaluation(recipe_key="1", status="ok"))
+    assert [t.values for t in study.optuna.get_trials()] == [[3.0, 4.0]]
 
 
 def test_who_is_alive() -> None:
