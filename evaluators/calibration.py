@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spaces.capabilities import Capabilities
 
 SAMPLES_PER_IMAGE = 4096
-SAMPLES_PER_CHANNEL = 512
+SAMPLES_PER_CHANNEL = 128
 CLIPS = np.linspace(1.0, 0.4, 25)
 INT8 = Capabilities()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,13 @@ class Exported:
         recipe: what was done to the base.
         file: in the form of the bench's target.
         session: that serves it.
+        packed: bits that a weight takes in the file, of the layers that are packed.
     """
 
     recipe: Recipe
     file: Path
     session: Session
+    packed: Mapping[str, int] = field(default_factory=dict)
 
 
 def exported(bench: Bench, recipe: Recipe, folder: Path) -> Exported:
@@ -45,7 +47,7 @@ def exported(bench: Bench, recipe: Recipe, folder: Path) -> Exported:
         draft = apply(bench.base, recipe, bench.sites)  # which channels go makes no difference to the time
         file, card = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
         session = bench.target.prepare(file, bench.config.threads, card.runtime.hint)
-    return Exported(recipe, file, session)
+    return Exported(recipe, file, session, card.packed)
 
 
 def measured(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from search.commands.measure import evaluate_profile, latency, predict, roofline
+from search.commands.measure import evaluate_profile, latency, predict, quantize, roofline
 from search.commands.options import (
     DEFAULT_STORAGE,
     RESULTS,
@@ -33,6 +33,7 @@ def _group() -> None:
 benchmark.command("latency")(latency)
 benchmark.command("predict")(predict)
 benchmark.command("evaluate")(evaluate_profile)
+benchmark.command("quantize")(quantize)
 benchmark.command("roofline")(roofline)
 benchmark.command("gather")(gather)
 benchmark.command("search")(replay_search)

@@ -1,4 +1,4 @@
-"""`paredown benchmark latency | predict | evaluate | roofline`: what the measurements are worth."""
+"""`paredown benchmark latency | predict | evaluate | quantize | roofline`: what measurements are worth."""
 
 from __future__ import annotations
 
@@ -121,6 +121,39 @@ def evaluate_profile(
     report = output / f"evaluate_{_file_name(settings)}.md"
     title = f"Scoring {settings.name} in {bench.target.name}"
     write_profile(report, title, found, facts_of(bench, benchmark_command()))
+    say(report.read_text())
+    return 0
+
+
+def quantize(
+    config: ConfigFile,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    split: Annotated[str, typer.Option("--split", help="select, report, or annotations.")] = "report",
+    timed: Annotated[bool, typer.Option("--timed", help="Measure latencies as well.")] = False,
+    output: Output = RESULTS,
+) -> int:
+    """AP, size and kernels of the base with all its layers at each bit-width, or with codebooks."""
+    from search.benchmarks.widths import costs, variants, write_costs
+    from search.comparison import facts_of
+
+    settings = _settings(config, None, "", overrides(data, checkpoint, target, threads, seed))
+    bench = _bench(settings)
+    images = bench.split(split)
+    with tempfile.TemporaryDirectory() as folder:
+        found = costs(bench, variants(bench), images, Path(folder), timed, say)
+    report = output / f"quantize_{_file_name(settings)}.md"
+    title = f"Bit-widths of {settings.name} in {bench.target.name}"
+    write_costs(
+        report,
+        title,
+        found,
+        f"{split} ({len(images.images)} images)",
+        facts_of(bench, benchmark_command()),
+    )
     say(report.read_text())
     return 0
 

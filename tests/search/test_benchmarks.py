@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from evaluators.bench import Bench, BenchConfig, LatencyConfig
+from evaluators.calibration import QuantizationPlan
 from evaluators.datasets.base import DataConfig
 from evaluators.datasets.digits import write_digits
 from evaluators.finetune import FineTunePlan
@@ -14,7 +15,7 @@ from evaluators.latency import PairedLatency, Times
 from evaluators.latency_model import fit_latency
 from evaluators.quiet import QuietSlot
 from evaluators.targets.roofline import Description, Work, roofline
-from search.benchmarks import quietness, scoring
+from search.benchmarks import quietness, scoring, widths
 from search.benchmarks.fit_roofline import Measured, fit_description, write_description
 from search.benchmarks.predict import Prediction, figures
 from search.benchmarks.quietness import IDLE, NO_SLOT, Model, Timed, compare_conditions, tensor_times
@@ -175,3 +176,41 @@ def test_models_are_timed_idle_and_beside_training(bench: Bench, tmp_path: Path)
     content = json.loads((tmp_path / "report.json").read_text())
     assert content["tensor_ms"].keys() == {"0", "1"}
     assert list(content["conditions"]) == list(results)
+
+
+def test_every_width_has_every_way_of_finding_ranges(bench: Bench) -> None:
+    names = [variant.name for variant in widths.variants(bench)]
+    wide = [f"{bits} bits" for bits in bench.capabilities.bit_widths if bits > 8]
+    books = [f"codebooks of {entries}" for entries in (256, 64, 16)]
+    assert names == [*wide, *["8 bits"] * 6, *["6 bits"] * 6, *["4 bits"] * 6, *books]
+    eight = [variant for variant in widths.variants(bench) if variant.name == "8 bits"]
+    assert eight[0].plan == bench.config.quantization
+    assert len({variant.plan.model_dump_json() for variant in eight if variant.plan}) == 6
+    sites = set(bench.sites.layer)
+    assert all({choice.site for choice in variant.recipe.choices} == sites for variant in eight)
+
+
+def test_costs_of_widths(bench: Bench, tmp_path: Path) -> None:
+    everything = {variant.name: variant for variant in reversed(widths.variants(bench))}
+    chosen = [everything[name] for name in ("32 bits", "8 bits", "4 bits", "codebooks of 16")]
+    found = widths.costs(bench, chosen, bench.split("select"), tmp_path / "files", False, lambda line: None)
+    base, eight, four, book = found
+    layers = len(bench.sites.facts)
+    assert base.difference == (0.0, 0.0, 0.0)
+    assert [cost.kernels for cost in found] == [{kind: layers} for kind in ("f32", "i8", "i8", "f32")]
+    assert [cost.fell_back for cost in found] == [{}] * 4
+    assert base.stored == {"32 bits, ran as f32": layers}
+    assert eight.stored == {"8 bits, ran as i8": layers}
+    assert four.stored["4 bits, ran as i8"] + four.stored.get("8 bits, ran as i8", 0) == layers
+    assert base.size_mb > book.size_mb
+    assert base.size_mb > eight.size_mb > four.size_mb
+    assert bench.config.quantization == QuantizationPlan(), "variants must leave the bench as it is"
+    widths.write_costs(tmp_path / "report.md", "Widths", found, "select", {"command": "here"})
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert [row["layers"] for row in content["rows"]] == [cost.variant.name for cost in found]
+    assert [row["kernels"] for row in content["rows"]] == [cost.kernels for cost in found]
+    text = (tmp_path / "report.md").read_text()
+    assert (
+        f"All layers in int8, ranges and biases as configured: {eight.map:.2f} AP of {base.map:.2f}" in text
+    )
+    assert "Layers that ran in another type than asked for: none." in text
