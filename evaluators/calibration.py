@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spaces.capabilities import Capabilities
 
 SAMPLES_PER_IMAGE = 4096
-SAMPLES_PER_CHANNEL = 128
+SAMPLES_PER_CHANNEL = 512
 CLIPS = np.linspace(1.0, 0.4, 25)
 INT8 = Capabilities()
 
@@ -85,7 +85,9 @@ def calibrate(
     Extremes and a random sample of values are collected per image; by default the range is then shrunk
     towards 0 while the mean squared error of rounding on the sample falls (MSE clipping; Banner et al.
     2019, arXiv 1810.05723). Channels that a depthwise convolution reads may differ by orders of magnitude
-    and meet only in later layers, so each has a range of its own where the target can run that.
+    and meet only in later layers, so each has a range of its own where the target can run that. Channels that
+    are written keep their whole range: the activation function behind flattens one end of it, where rounding
+    costs nothing, and clipping for the least squared error cuts the other (YOLOX-nano: 0.3 to 0.6 AP).
 
     Args:
         network: simplified, as it will be exported.
@@ -106,9 +108,9 @@ def calibrate(
         extremes = torch.stack((flat.min(), flat.max()))
         samples[name, side].append(torch.cat((extremes, flat[picked])).float().numpy())
 
-    def keep_channels(name: str, side: str, tensor: Tensor) -> None:
+    def keep_channels(name: str, side: str, tensor: Tensor, count: int) -> None:
         rows = tensor.detach().transpose(0, 1).flatten(1)
-        picked = torch.randint(rows.shape[1], (SAMPLES_PER_CHANNEL,), generator=generator)
+        picked = torch.randint(rows.shape[1], (count,), generator=generator)
         extremes = (rows.amin(1, keepdim=True), rows.amax(1, keepdim=True))
         samples[name, side].append(torch.cat((*extremes, rows[:, picked]), dim=1).float().numpy())
 
@@ -118,9 +120,9 @@ def calibrate(
             keep(name, "written", output)
             whole_bytes = bits[name][1] >= 8  # fewer levels need a clip, which has no ends by channel
             if capabilities.depthwise_by_channel and whole_bytes and is_depthwise(module):
-                keep_channels(name, "read channels", inputs[0])
+                keep_channels(name, "read channels", inputs[0], SAMPLES_PER_CHANNEL)
             if capabilities.written_by_channel and _channels_second(module, output):
-                keep_channels(name, "written channels", output)
+                keep_channels(name, "written channels", output, 0)
 
         return hook
 
@@ -135,10 +137,8 @@ def calibrate(
     found = {}
     for name, (weight_bits, activation_bits) in bits.items():
         levels = 2 ** min(activation_bits, 8)
-        read, written = (
-            tuple(chosen_range(row, count, plan) for row in _rows(samples.get((name, f"{side} channels"))))
-            for side, count in (("read", levels), ("written", 256))
-        )
+        read = tuple(chosen_range(row, levels, plan) for row in _rows(samples.get((name, "read channels"))))
+        written = tuple(whole_range(row) for row in _rows(samples.get((name, "written channels"))))
         found[name] = LayerRanges(
             chosen_range(np.concatenate(samples[name, "read"]), levels, plan),
             chosen_range(np.concatenate(samples[name, "written"]), 256, plan),
@@ -198,17 +198,21 @@ def chosen_range(values: NDArray[np.float32], levels: int, plan: QuantizationPla
     """The range of `values`, 0 included, as the plan says."""
     if plan.ranges == "mse":
         return best_range(values, levels)
-    kept = plan.percentile if plan.ranges == "percentile" else 100.0
-    low, high = (float(np.percentile(values, q)) for q in (100.0 - kept, kept))
-    low, high = min(low, 0.0), max(high, 0.0)
+    if plan.ranges == "minmax":
+        return whole_range(values)
+    return whole_range(np.percentile(values, (100.0 - plan.percentile, plan.percentile)))
+
+
+def whole_range(values: NDArray[np.floating[Any]]) -> Range:
+    """The range from the smallest to the largest value, 0 included."""
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     return Range(low, high) if high - low >= 1e-12 else Range(0.0, 1e-6)
 
 
 def best_range(values: NDArray[np.float32], levels: int = 256) -> Range:
     """The range around 0 that rounds `values` to `levels` even steps with the least squared error."""
-    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
-    if high - low < 1e-12:
-        return Range(0.0, 1e-6)
+    whole = whole_range(values)
+    low, high = whole.low, whole.high
     # Only ends that are far out are worth clipping: what SiLU leaves below 0 is crowded at its very end.
     far = max(-low, high) / 2
     spans = [(low * (clip if -low > far else 1), high * (clip if high > far else 1)) for clip in CLIPS]

@@ -37,6 +37,22 @@ def test_channels_of_a_depthwise_convolution_keep_ranges_of_their_own() -> None:
     assert (few.largest, few.levels, few.by_channel) == (7, 16, ())
 
 
+def test_channels_that_are_written_keep_their_whole_range() -> None:
+    network = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False))
+    nn.init.constant_(network[0].weight, 0.0)  # type: ignore[arg-type]
+    with torch.no_grad():
+        network[0].weight[:, :, 0, 0] = torch.tensor([[1.0, 0.0], [0.0, -0.1]])  # type: ignore[index]
+    images = torch.randn(2, 1, 2, 16, 16)
+    found = calibrate(
+        network, ["0"], list(images.numpy()), capabilities=Capabilities(written_by_channel=True)
+    )
+    wanted = [(images[:, :, 0].min(), images[:, :, 0].max())]
+    wanted.append((-0.1 * images[:, :, 1].max(), -0.1 * images[:, :, 1].min()))
+    for span, (low, high) in zip(found["0"].written_by_channel, wanted, strict=True):
+        assert (span.low, span.high) == pytest.approx((float(low), float(high)))
+    assert calibrate(network, ["0"], list(images.numpy()))["0"].written_by_channel == ()
+
+
 @pytest.mark.parametrize("biased", [True, False])
 def test_the_mean_error_of_every_channel_goes_to_0(biased: bool) -> None:
     torch.manual_seed(0)
