@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
+
 import onnx
 
 MODEL_FILE = "model.onnx"
@@ -11,6 +14,7 @@ PREFIX, SUFFIX = "network.", ".weight"
 SCOPE = "/network/"
 """Begins the names of the nodes before decoding, as the exporter writes them."""
 _LAYERS = ("Conv", "Gemm", "MatMul")
+_FUSED = ("Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid")
 _TYPES = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
@@ -39,6 +43,29 @@ def layer_nodes(graph: onnx.ModelProto) -> dict[str, str]:
             name = producers[name].input[0]
         if _of_weight(name):
             found[node.name] = name.removeprefix(PREFIX).rpartition(SUFFIX)[0]
+    return found
+
+
+def layer_outputs(graph: onnx.ModelProto, nodes: Mapping[str, str]) -> dict[str, str]:
+    """Layers by the tensor that they produce, and by that of a function of it alone, which may be fused.
+
+    Args:
+        graph: lowered or not.
+        nodes: of `layer_nodes`.
+    """
+    readers = defaultdict(list)
+    for node in graph.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    found = {}
+    for node in graph.graph.node:
+        layer = nodes.get(node.name)
+        if layer is None:
+            continue
+        found[node.output[0]] = layer
+        after = readers[node.output[0]]
+        if len(after) == 1 and after[0].op_type in _FUSED:
+            found[after[0].output[0]] = layer
     return found
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from evaluators.graph import MODEL_FILE, layer_nodes, tensor_part
+from evaluators.graph import MODEL_FILE, layer_nodes, layer_outputs, tensor_part
 from evaluators.packing import packed
 from evaluators.targets.base import Lowered, TensorPart, Written
 from spaces.errors import InputError
@@ -80,12 +80,15 @@ def read_graph(model: Path) -> onnx.ModelProto:
 def by_layer(model: Path, profile: Mapping[str, str]) -> dict[str, str]:
     """Executed precisions by layer, out of those by the names in an engine's profile.
 
-    Engines name a kernel after the node that it was made of, with an ending of their own, so the longest
-    node name that begins a kernel's name is taken. A layer that runs several times shows the widest type.
+    Engines name a kernel after the node that it was made of, or after what it produces, with an ending of
+    their own, so the longest such name that begins a kernel's name is taken. A layer that runs several times
+    shows the widest type.
     """
     if model.suffix != ".onnx":
         return dict(profile)
-    nodes = layer_nodes(onnx.load(model))
+    graph = onnx.load(model)
+    nodes = layer_nodes(graph)
+    nodes |= layer_outputs(graph, nodes)
     longest_first = sorted(nodes, key=len, reverse=True)
     found: dict[str, str] = {}
     for kernel, kind in profile.items():

@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # torch is behind it, which a process that only serves need n
     from evaluators.calibration import LayerRanges
 
 OUTPUTS = ["boxes", "scores", "labels"]
+INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+FLOAT = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+"""Kernels of convolutions and products."""
 OPSET = 21
 """The last whose operators the engine has all. Version 22 of them differs by bfloat16 alone."""
 
@@ -101,9 +104,9 @@ class OnnxRuntimeSession:
         precisions = {}
         for event in events:
             kind = event.get("args", {}).get("op_name", "")
-            if kind in ("Conv", "FusedConv", "QLinearConv", "ConvInteger", "Gemm", "QGemm", "MatMul"):
-                name = event["name"].removesuffix("_kernel_time")
-                precisions[name] = "i8" if kind[0] == "Q" or kind == "ConvInteger" else "f32"
+            if kind in INTEGER | FLOAT:
+                name = event["name"].removesuffix("_kernel_time").removeprefix("fused ")
+                precisions[name] = "i8" if kind in INTEGER else "f32"
         return by_layer(self._model, precisions)
 
 

@@ -24,6 +24,12 @@ from spaces.errors import InputError
 if TYPE_CHECKING:  # torch is behind it, which a process that only serves need not load
     from evaluators.calibration import LayerRanges
 
+KERNELS = {
+    *("Convolution", "GroupConvolution", "MatMul", "FullyConnected"),
+    *("FullyConnectedQuantized", "FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
+}
+"""The plugin's names of convolutions and products."""
+
 
 class OpenVino(OnnxTarget):
     """The CPU plugin, latency mode, one stream.
@@ -106,11 +112,10 @@ class OpenVinoSession:
         request = ov.Core().compile_model(str(self._model), "CPU", settings).create_infer_request()
         shape = request.get_input_tensor(0).shape
         request.infer([np.zeros(shape, np.float32)])
-        kinds = ("Convolution", "GroupConvolution", "MatMul", "FullyConnected")
         profile = {
             info.node_name: _precision(info.exec_type)
             for info in request.get_profiling_info()
-            if info.node_type in kinds and info.status.name == "EXECUTED"
+            if info.node_type in KERNELS and info.status.name == "EXECUTED"
         }
         return by_layer(self._model, profile)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from evaluators.calibration import calibrate
 from evaluators.export import export_graph
 from evaluators.exported import write_graph
 from evaluators.graph import layer_of
@@ -21,6 +22,7 @@ from evaluators.torch_session import TorchSession
 from spaces.detectors.base import Category, Postprocess
 from spaces.detectors.faster_rcnn import FasterRCNN
 from spaces.detectors.faster_rcnn_variants import DIGITS
+from spaces.layers import trace_layers
 from spaces.testing import lively_network, noise
 
 DETECTOR = FasterRCNN("fasterrcnn_digits", 3, (96, 96), DIGITS)
@@ -58,6 +60,23 @@ def test_the_file_finds_what_torch_finds(target: str, tmp_path: Path) -> None:
             same = found.boxes[found.labels == label]
             assert np.abs(same - box).max(axis=1).min() < 0.05  # pixels
         assert len(expected.scores) >= 10
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_every_layer_runs_in_int8_the_box_head_too(target: str, tmp_path: Path) -> None:
+    engine, layers = target_named(target), list(trace_layers(network(), DETECTOR.preprocess.size))
+    assert {type(network().get_submodule(layer)) for layer in layers} == {nn.Conv2d, nn.Linear}
+    simplified = DETECTOR.simplified(network())
+    images = [noise(DETECTOR, 1, seed).numpy() for seed in range(2)]
+    ranges = calibrate(simplified, layers, images, capabilities=engine.capabilities)
+    whole = WholeDetector(simplified, DETECTOR, RULES, CATEGORIES).eval()
+    reference = TorchSession(whole).run(images[0])
+    for width, kernel in ((32, "f32"), (8, "i8")):
+        model = engine.write(whole, dict.fromkeys(layers, width), ranges, tmp_path / str(width)).model
+        session = engine.prepare(model, 1)
+        assert session.kernels() == dict.fromkeys(layers, kernel)
+        found = session.run(images[0])
+        assert np.abs(found.scores[:10] - reference.scores[:10]).mean() < 0.06
 
 
 def test_an_image_without_proposals_gives_no_detections(tmp_path: Path) -> None:

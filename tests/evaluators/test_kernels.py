@@ -65,6 +65,16 @@ def test_kernels_are_found_by_the_longest_name(tmp_path: Path) -> None:
     assert by_layer(tmp_path / "model.xml", profile) == profile
 
 
+def test_a_kernel_may_be_named_after_what_it_produces(tmp_path: Path) -> None:
+    """ONNX Runtime does so where it fuses an activation function."""
+    graph = onnx.load(shared_convolution(tmp_path / "model.onnx"))
+    graph.graph.node[2].output[0] = "r"
+    graph.graph.node.append(helper.make_node("Relu", ["r"], ["y"], name="/network/Relu"))
+    onnx.save(graph, tmp_path / "model.onnx")
+    profile = {"q_nchwc": "i8", "y_nchwc": "f32"}
+    assert by_layer(tmp_path / "model.onnx", profile) == {"head": "i8", "tail": "f32"}
+
+
 def test_nodes_lead_to_their_layers_in_a_quantised_graph() -> None:
     graph = example_graph(Postprocess())
     before = layer_nodes(graph)
