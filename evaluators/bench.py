@@ -298,7 +298,7 @@ class Bench:
             "target": Path(config.target).name,  # a description may move; it is in the signature
             **{f"target {key}": str(v) for key, v in self.target.signature(config.threads).items()},
             "postprocess": self.postprocess.model_dump_json(),
-            "fine-tuning": config.finetune.model_dump_json(),
+            "fine-tuning": config.finetune.model_dump_json(exclude=_unused(config.finetune)),
             "fine-tuning runs in": config.finetune.runs_in,
             "quantisation": config.quantization.model_dump_json(),
             "importance": config.importance,
@@ -306,3 +306,8 @@ class Bench:
             "seed": config.seed,
             "result version": RESULT_VERSION,
         }
+
+
+def _unused(plan: FineTunePlan) -> set[str]:
+    """Fields that change nothing as they are: a study goes on with a version that has more of them."""
+    return set() if plan.frozen_prefix else {"frozen_prefix"}

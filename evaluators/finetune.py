@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from evaluators.adafactor import StackedAdafactor
 from evaluators.datasets.letterbox import LetterboxedImages
+from evaluators.frozen_prefix import FrozenPrefix
 from evaluators.quiet import QuietSlot
+from evaluators.replay import NotReplayableError
 from evaluators.signature import machine_signature
 from evaluators.teacher import TeacherOutputs, batch_of
 from evaluators.training_state import TrainingState
-from spaces.detectors.base import Detector, Labels
+from spaces.detectors.base import Detector, Labels, Outputs
 
 Precision = Literal["float32", "bfloat16"]
+Forward = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]], bool], Outputs]
+"""Raw outputs of the network in training, float32, on images by index, mirrored or not."""
 
 
 class FineTunePlan(BaseModel):
@@ -39,6 +44,8 @@ class FineTunePlan(BaseModel):
         gradient_norm: longer gradients are shortened to it.
         precision: of convolutions and products in training (autocast); weights, losses and what is exported
             stay float32. `auto` is bfloat16 where the CPU multiplies it in hardware of its own (AMX).
+        frozen_prefix: what lies in front of everything that a recipe changed keeps the base's weights; its
+            features are computed once an image. It trains less and faster.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,6 +58,7 @@ class FineTunePlan(BaseModel):
     mirror: bool = True
     gradient_norm: float = Field(default=20.0, gt=0.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    frozen_prefix: bool = False
 
     @property
     def runs_in(self) -> Precision:
@@ -83,8 +91,11 @@ def fine_tune(
     slot: QuietSlot,
     seed: int,
     start: TrainingState | None = None,
+    changed: Collection[str] = (),
 ) -> Iterator[Epoch]:
     """Train `network` in place, yielding after each epoch; from `start` on it ends bit for bit the same.
+
+    With a frozen prefix it is the same up to rounding, for features are made in other batches then.
 
     Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) takes steps relative to the weights' own size:
     trained detectors differ by orders of magnitude there, and a rate that lets one recover wrecks
@@ -95,17 +106,17 @@ def fine_tune(
     Raises:
         DivergedError: the loss is no longer finite.
     """
-    if start is None:
-        with slot.computing():
-            recalibrate_norms(network, detector, images, plan.batch_size)
+    with slot.computing():
+        prefix = _prefix(network, detector, images, plan, changed)
+        if start is None:
+            kept = prefix.norms if prefix is not None else []
+            recalibrate_norms(network, detector, images, plan.batch_size, kept=kept)
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    network.train()
-    for module in network.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
-    network.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adafactor(network.parameters(), lr=plan.learning_rate, weight_decay=0.0)
+    _train_mode(network)
+    forward: Forward = prefix or partial(_forward, network, detector, images, plan)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = StackedAdafactor(trained, lr=plan.learning_rate)
     labels = [images.labels(k) for k in range(len(images))]
     batch_size = min(plan.batch_size, len(images))
     steps = len(images) // batch_size
@@ -122,16 +133,13 @@ def fine_tune(
             with slot.computing():
                 started = time.perf_counter()
                 losses.append(
-                    _step(network, detector, images, labels, teacher, plan, optimizer, indices, mirrored)
+                    _step(forward, detector, images, labels, teacher, plan, optimizer, indices, mirrored)
                 )
                 seconds.append(time.perf_counter() - started)
             if not math.isfinite(losses[-1]):
                 raise DivergedError(f"loss is {losses[-1]} in epoch {epoch + 1}, step {step + 1}")
         state = partial(TrainingState.of, epoch + 1, network, optimizer, random)
         yield Epoch(epoch + 1, float(np.mean(losses)), float(np.median(seconds)), state)
-    # Kernels round differently by layout: left as it was, so that a network rebuilt from its stored state
-    # calibrates and exports to the very same file.
-    network.to(memory_format=torch.contiguous_format)
     network.eval()
 
 
@@ -143,6 +151,56 @@ def autocast(plan: FineTunePlan) -> AbstractContextManager[None]:
     return context
 
 
+def _train_mode(network: nn.Module) -> None:
+    """Training mode, but for BatchNorms, whose statistics stay."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def _prefix(
+    network: nn.Module,
+    detector: Detector,
+    images: LetterboxedImages,
+    plan: FineTunePlan,
+    changed: Collection[str],
+) -> FrozenPrefix | None:
+    """The frozen prefix where the plan asks for one and the network has one; its parameters are frozen."""
+    if not plan.frozen_prefix or not changed or not plan.epochs:
+        return None
+    _train_mode(network)
+    size, views = min(plan.batch_size, len(images)), 2 if plan.mirror else 1
+    batch = partial(_batch, images, detector)
+    try:
+        return FrozenPrefix(network, changed, batch, len(images), size, views, partial(autocast, plan))
+    except NotReplayableError:
+        return None
+
+
+def _batch(
+    images: LetterboxedImages,
+    detector: Detector,
+    indices: np.ndarray[tuple[int], np.dtype[np.int64]],
+    mirrored: bool,
+) -> Tensor:
+    """In channels last, which convolutions on CPUs run faster in; the weights may keep their layout."""
+    return batch_of(images, detector, indices, mirrored).contiguous(memory_format=torch.channels_last)
+
+
+def _forward(
+    network: nn.Module,
+    detector: Detector,
+    images: LetterboxedImages,
+    plan: FineTunePlan,
+    indices: np.ndarray[tuple[int], np.dtype[np.int64]],
+    mirrored: bool,
+) -> Outputs:
+    with autocast(plan):
+        outputs: Outputs = network(_batch(images, detector, indices, mirrored))
+    return outputs
+
+
 def schedule(progress: float, warmup: float = 0.1) -> float:
     """Learning rate over its highest at a progress in 0..1: a linear rise, then half a cosine to 0."""
     if progress < warmup:
@@ -151,7 +209,7 @@ def schedule(progress: float, warmup: float = 0.1) -> float:
 
 
 def _step(
-    network: nn.Module,
+    forward: Forward,
     detector: Detector,
     images: LetterboxedImages,
     labels: list[Labels],
@@ -161,20 +219,17 @@ def _step(
     indices: np.ndarray[tuple[int], np.dtype[np.int64]],
     mirrored: bool,
 ) -> float:
-    batch = batch_of(images, detector, indices, mirrored)
-    with autocast(plan):
-        found = network(batch.contiguous(memory_format=torch.channels_last))
-    outputs = tuple(output.float() for output in found)
+    outputs = tuple(output.float() for output in forward(indices, mirrored))
     loss = torch.zeros(())
     if plan.task_weight:
-        width = batch.shape[3]
+        width = images.pixels.shape[2]
         truth = [mirrored_labels(labels[k], width) if mirrored else labels[k] for k in indices]
         loss = loss + plan.task_weight * detector.loss(outputs, truth)
     if plan.distill_weight:
         loss = loss + plan.distill_weight * detector.distillation(outputs, teacher(indices, mirrored))
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
-    nn.utils.clip_grad_norm_(network.parameters(), plan.gradient_norm)
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], plan.gradient_norm)
     optimizer.step()
     return float(loss.detach())
 
@@ -186,17 +241,28 @@ def mirrored_labels(labels: Labels, width: int) -> Labels:
 
 
 def recalibrate_norms(
-    network: nn.Module, detector: Detector, images: LetterboxedImages, batch_size: int, limit: int = 64
+    network: nn.Module,
+    detector: Detector,
+    images: LetterboxedImages,
+    batch_size: int,
+    limit: int = 64,
+    kept: Collection[nn.Module] = (),
 ) -> None:
-    """Measure the BatchNorm statistics anew, as averages over up to `limit` images; weights stay."""
+    """Measure the BatchNorm statistics anew, as averages over up to `limit` images; weights stay.
+
+    So do the statistics of the norms in `kept`.
+    """
     count = min(limit, len(images))
     chunks = [np.arange(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    measure_norms(network, (batch_of(images, detector, chunk, mirrored=False) for chunk in chunks))
+    measure_norms(network, (batch_of(images, detector, chunk, mirrored=False) for chunk in chunks), kept)
 
 
-def measure_norms(network: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Set the BatchNorm statistics to their averages over batches `(B, 3, H, W)`; ends in evaluation mode."""
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+def measure_norms(network: nn.Module, batches: Iterable[Tensor], kept: Collection[nn.Module] = ()) -> None:
+    """Set the BatchNorm statistics to their averages over batches `(B, 3, H, W)`; ends in evaluation mode.
+
+    Those of the norms in `kept` stay.
+    """
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m not in kept]
     momenta = [norm.momentum for norm in norms]
     network.eval()
     for norm in norms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ class CandidateWorker:
         step_ms: list[float] = []
         rungs = TrialRungs(bench, draft, recipe, folder, job)
         if draft.changed:  # what only changes its bit-widths keeps its weights
-            yield from self._fine_tune(draft.network, job.seed, clock, step_ms, rungs=rungs)
+            changed = draft.changed_modules
+            yield from self._fine_tune(draft.network, job.seed, clock, step_ms, rungs=rungs, changed=changed)
         card, session = self._exported(draft, recipe, folder)
         if recipe.is_identity:
             yield clock.ended("export", "compare with torch")
@@ -117,6 +118,7 @@ class CandidateWorker:
         step_ms: list[float],
         named: str = "fine-tune",
         rungs: TrialRungs | None = None,
+        changed: Collection[str] = (),
     ) -> Iterator[StageReport]:
         """Train in place, a report an epoch. The teacher's outputs are made by whoever comes first."""
         bench = self.bench
@@ -132,7 +134,10 @@ class CandidateWorker:
         teacher = bench.teacher
         yield clock.ended("teacher", f"{named} {1 if start is None else start.epochs + 1}/{epochs}")
         for epoch in fine_tune(
-            network, bench.detector, bench.fit, teacher, bench.config.finetune, bench.slot, seed, start
+            *(network, bench.detector, bench.fit, teacher, bench.config.finetune, bench.slot),
+            seed,
+            start,
+            changed,
         ):
             step_ms.append(epoch.step_s * 1e3)
             coming = f"{named} {epoch.number + 1}/{epochs}" if epoch.number < epochs else "export"

@@ -41,6 +41,11 @@ class Draft:
     codebooks: dict[str, int] = field(default_factory=dict)
 
     @property
+    def changed_modules(self) -> frozenset[str]:
+        """Names of the modules that are not the base's own any more."""
+        return frozenset([*self.channels, *self.factors, *self.activations, *self.dropped])
+
+    @property
     def changed(self) -> bool:
         """True where more than bit-widths differs from the base: such a network has to be trained."""
         return bool(self.channels or self.factors or self.activations or self.dropped)

@@ -174,3 +174,28 @@ def test_shares_of_0_leave_a_loss_out_and_mirroring_can_be_turned_off(
 
 def _plan(**changes: float) -> FineTunePlan:
     return FineTunePlan(**{**PLAN.model_dump(), **changes})
+
+
+def test_bfloat16_trains_to_the_same_place(
+    halved: nn.Module,
+    digits_detector: Detector,
+    fit_images: LetterboxedImages,
+    teacher: TeacherOutputs,
+    slot: QuietSlot,
+) -> None:
+    distances = []
+    for precision in ("float32", "bfloat16"):
+        network = copy.deepcopy(halved)
+        plan = FineTunePlan(**{**PLAN.model_dump(), "precision": precision})
+        list(fine_tune(network, digits_detector, fit_images, teacher, plan, slot, 0))
+        assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
+        distances.append(distance(network, digits_detector, fit_images, teacher))
+    assert distances[1] == pytest.approx(distances[0], rel=0.05)
+
+
+def test_the_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for isa, runs_in in (([], "float32"), (["avx2"], "float32"), (["avx2", "amx_bf16"], "bfloat16")):
+        monkeypatch.setattr("evaluators.finetune.machine_signature", lambda isa=isa: {"isa": isa})
+        assert FineTunePlan().runs_in == runs_in
+        assert FineTunePlan(precision="bfloat16").runs_in == "bfloat16"
+        assert FineTunePlan(precision="float32").runs_in == "float32"
