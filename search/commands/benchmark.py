@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from search.commands.families import built, finetune, methods
 from search.commands.measure import evaluate_profile, latency, predict, quantize, roofline
 from search.commands.options import (
     DEFAULT_STORAGE,
@@ -35,6 +36,9 @@ benchmark.command("predict")(predict)
 benchmark.command("evaluate")(evaluate_profile)
 benchmark.command("quantize")(quantize)
 benchmark.command("roofline")(roofline)
+benchmark.command("methods")(methods)
+benchmark.command("built")(built)
+benchmark.command("finetune")(finetune)
 benchmark.command("gather")(gather)
 benchmark.command("search")(replay_search)
 
