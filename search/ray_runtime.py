@@ -82,9 +82,13 @@ def _local(pool: Pool, scratch: Path) -> Iterator[None]:
     before = constants.ENABLE_RAY_CLUSTER
     constants.ENABLE_RAY_CLUSTER = False
     try:
-        with environment(
-            {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_process_group_cleanup_enabled": "1"}
-        ):
+        variables = {
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_process_group_cleanup_enabled": "1",
+            # Ray's own 15 would let everybody else's processes into a latency; `nice paredown` still is.
+            "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),
+        }
+        with environment(variables):
             ray.init(
                 num_cpus=math.ceil(pool.workers * pool.cpus_per_worker),
                 num_gpus=math.ceil(pool.workers * pool.gpus),
