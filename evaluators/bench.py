@@ -33,9 +33,11 @@ from spaces.detectors.base import Detector, Postprocess, postprocess_of
 from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights
 from spaces.effects import codebooks_by_layer, integers_by_layer
+from spaces.inputs import Size
 from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
-from spaces.recipe import Prune, Recipe, identity
+from spaces.methods.resize import Resizing
+from spaces.recipe import Prune, Recipe, Resize, identity
 from spaces.sites import Sites, find_sites
 from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
 
@@ -102,16 +104,37 @@ class Bench:
         self.capabilities = self.target.capabilities  # asked first: the machine may lack the engine
         self.splits = load_splits(config.data)
         self.categories = self.splits["fit"].categories
-        self.detector: Detector = make_detector(config.model, len(self.categories), config.size)
+        self.detector: Detector = self.detector_at(config.size)
         self.postprocess = postprocess_of(self.detector, config.postprocess)
         self.base: nn.Module = self.detector.build()
         load_weights(self.base, config.checkpoint)
         self.base.eval().requires_grad_(False)
+        self._resized: dict[Size, Bench] = {}
+
+    def detector_at(self, size: Size | None) -> Detector:
+        """The detector at another size of its input."""
+        return make_detector(self.config.model, len(self.categories), size)
+
+    def at(self, recipe: Recipe) -> Bench:
+        """The bench at the input size of a recipe, made on first use; this one where it keeps the study's.
+
+        Raises:
+            InputError: a size that is not on offer.
+        """
+        for choice in recipe.of_kind(Resize).values():
+            Resizing().check(choice, self.sites)
+            if choice.size not in self._resized:
+                from evaluators.resized import ResizedBench  # derives from this class
+
+                self._resized[choice.size] = ResizedBench(self, choice.size)
+            return self._resized[choice.size]
+        return self
 
     @cached_property
     def sites(self) -> Sites:
         """Sites on the base graph; layers share bit-widths where the space would grow too large."""
-        return find_sites(self.detector, self.base, MAX_PARAMETERS)
+        resized = self.detector_at if Resizing.kind in self.config.space.methods else None
+        return find_sites(self.detector, self.base, MAX_PARAMETERS, resized)
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -167,16 +190,22 @@ class Bench:
         blank = np.full_like(self.select.pixels[:1], self.detector.preprocess.pad_value)
         return [*inputs, network_input(blank, self.detector.preprocess)][-count:]
 
+    @property
+    def base_timing_inputs(self) -> list[NDArray[np.float32]]:
+        """The same images as the base takes them."""
+        return self.timing_inputs
+
     def timed(self, session: Session, base: Session) -> PairedLatency:
         """Time a session against the base while no other worker of this machine computes."""
         settings = self.config.latency
         with self.slot.computing():
-            inputs = self.timing_inputs
+            inputs, base_inputs = self.timing_inputs, self.base_timing_inputs
         with self.slot.quiet():
             return measure_pair(
                 session,
                 base,
-                inputs,
+                base_inputs,
+                candidate_images=inputs,
                 threads=self.config.threads,
                 min_rounds=settings.min_rounds,
                 max_rounds=settings.max_rounds,
@@ -192,10 +221,15 @@ class Bench:
             self.detector,
             self.fit,
             self.config.cache,
-            f"{self.weights_hash}-{self.splits['fit'].fingerprint()[:12]}-{self.detector.preprocess.size[0]}",
+            f"{self.weights_hash}-{self.splits['fit'].fingerprint()[:12]}-{self._sides}",
             self.config.finetune.mirror,
             self.slot,
         )
+
+    @property
+    def _sides(self) -> str:
+        """Of the input: one of a square, else height and width."""
+        return "x".join(map(str, dict.fromkeys(self.detector.preprocess.size)))
 
     @cached_property
     def statistics(self) -> dict[str, Tensor]:

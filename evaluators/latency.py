@@ -100,8 +100,9 @@ def measure_pair(
     max_drift: float = 0.1,
     max_batches: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    candidate_images: Images | None = None,
 ) -> PairedLatency:
-    """Time a candidate against the base; see `measure_many`."""
+    """Time a candidate against the base; see `measure_many`. Both take `images` unless there are others."""
     return measure_many(
         {"candidate": candidate},
         base,
@@ -115,6 +116,7 @@ def measure_pair(
         max_drift=max_drift,
         max_batches=max_batches,
         clock=clock,
+        images_of=None if candidate_images is None else {"candidate": candidate_images},
     )["candidate"]
 
 
@@ -132,6 +134,7 @@ def measure_many(
     max_drift: float = 0.1,
     max_batches: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    images_of: Mapping[str, Images] | None = None,
 ) -> dict[str, PairedLatency]:
     """Time several models against the base in one batch, so that they compare with each other, too.
 
@@ -153,13 +156,16 @@ def measure_many(
         max_drift: bound on the base's drift within a batch.
         max_batches: batches at most; after the last, the steadiest counts and is marked unstable.
         clock: seconds, monotonic.
+        images_of: by name, the same images at the size of models that take another one.
 
     Sessions of a target that computes latencies are not timed: their ratios are exact, and say so.
 
     Raises:
-        InputError: no images, an image of another shape, or rounds out of order.
+        InputError: no images, an image of another shape, other images for some model, or rounds out of order.
     """
-    _check(images, min_rounds, max_rounds)
+    inputs = {_BASE: images, **dict.fromkeys(sessions, images), **(images_of or {})}
+    for own in inputs.values():
+        _check(own, len(images), min_rounds, max_rounds)
     if isinstance(base, Predicting):
         return {name: _predicted(session, base, threads) for name, session in sessions.items()}
     models = {_BASE: base, **sessions}
@@ -169,10 +175,10 @@ def measure_many(
     kept: dict[str, list[float]] = {}
     drift, rejected = float("inf"), 0
     for _ in range(max_batches):
-        for session in models.values():
+        for name, session in models.items():
             for run in range(warmup):
-                session.run(images[run % len(images)])
-        batch = _batch(models, images, min_rounds, max_rounds, target_spread, time_limit_s, clock)
+                session.run(inputs[name][run % len(images)])
+        batch = _batch(models, inputs, min_rounds, max_rounds, target_spread, time_limit_s, clock)
         batch_drift = base_drift(batch[_BASE], len(images))
         if batch_drift < drift:
             kept, drift = batch, batch_drift
@@ -236,7 +242,7 @@ def same_speed(a: PairedLatency, b: PairedLatency) -> bool:
 
 def _batch(
     models: Mapping[str, Session],
-    images: Images,
+    inputs: Mapping[str, Images],
     min_rounds: int,
     max_rounds: int,
     target_spread: float,
@@ -244,7 +250,7 @@ def _batch(
     clock: Callable[[], float],
 ) -> dict[str, list[float]]:
     """Times of every model, milliseconds by round."""
-    names = list(models)
+    names, images = list(models), len(inputs[_BASE])
     orders = balanced_orders(len(names))
     times: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
@@ -253,11 +259,11 @@ def _batch(
             late = clock() - started >= time_limit_s
             if done >= FEWEST_ROUNDS and (late or (done >= min_rounds and _settled(times, target_spread))):
                 break
-            cycle, image = divmod(done, len(images))
+            cycle, image = divmod(done, images)
             # An image meets another order in every cycle, whatever the number of images.
             for position in orders[(image + cycle) % len(orders)]:
                 before = clock()
-                models[names[position]].run(images[image])
+                models[names[position]].run(inputs[names[position]][image])
                 # Rounded here so that the stored samples give exactly the stored ratio.
                 times[names[position]].append(round((clock() - before) * 1e3, 4))
     return times
@@ -297,9 +303,11 @@ def _affinity() -> tuple[int, ...]:
     return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
 
 
-def _check(images: Images, min_rounds: int, max_rounds: int) -> None:
+def _check(images: Images, count: int, min_rounds: int, max_rounds: int) -> None:
     if not images:
         raise InputError("latency images", None, "give at least one image to time on")
+    if len(images) != count:
+        raise InputError("latency images", len(images), f"must be {count}, the same for all models")
     for image in images:
         if image.ndim != 4 or image.shape[:2] != (1, 3):
             raise InputError("latency images", image.shape, "must be (1, 3, H, W)")

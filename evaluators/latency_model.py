@@ -105,8 +105,8 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
 
     For each bit-width: multiplications of dense layers and of depthwise ones in whole vector blocks, and
     elements written, by each factor of a factorised layer; where the space replaces activation functions,
-    elements that a costly one takes as well. Then elements that cross from one bit-width to another (casts
-    and Q/DQ), and 1.
+    elements that a costly one takes as well. Where it may make the input smaller, pixels of the input. Then
+    elements that cross from one bit-width to another (casts and Q/DQ), and 1.
     """
     before = np.roll(shapes.bits, 1, axis=1)
     before[:, 0] = shapes.bits[:, 0]
@@ -128,11 +128,11 @@ def _terms(
         before: bit-widths of the layers executed before them.
         layers: which ones they are, along the last axis of the shapes.
     """
-    base, positions, depthwise = table.base, table.positions[layers], table.depthwise[layers]
+    base, positions, depthwise = table.base, shapes.positions, table.depthwise[layers]
     thin_parts = table.thin_parts(shapes, layers)
     last = shapes.macs - sum(part.macs for part in thin_parts)
     macs = last * _filled(shapes.outputs) + sum(part.macs * _filled(part.outputs) for part in thin_parts)
-    scale, elements = float(base.macs.sum()), float((base.outputs * table.positions).sum())
+    scale, elements = float(base.macs.sum()), float((base.outputs * base.positions).sum())
     thin = max(float(base.macs[:, table.depthwise].sum()), 1e-9)
     macs_dense, macs_thin = macs * ~depthwise / scale, macs * depthwise / thin
     written = shapes.outputs * positions / elements
@@ -145,6 +145,9 @@ def _terms(
         yield written * here
         if table.activates:
             yield costly * here
+    if table.resizes:  # what belongs to no layer also falls with it: counted where the first one runs
+        first = np.arange(len(table.layers))[layers] == 0
+        yield positions / base.positions[0, layers] * first
     read = shapes.inputs * positions / elements
     eight = (shapes.bits == 8) != (before == 8)
     yield read * eight

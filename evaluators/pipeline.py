@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Collection, Iterator, Sequence
 from functools import partial
@@ -47,11 +48,23 @@ class CandidateWorker:
     def __init__(self, config: BenchConfig, artifacts: Path) -> None:
         self.bench, self.artifacts = Bench(config), artifacts
         self._base: Session | None = None
+        self._whole = self
 
     def run(self, job: Job) -> Iterator[StageReport]:
         """Do a job: a `trial`, the `damage` of single choices, or the `probe` of a recipe's latency."""
-        stages = {"trial": self._trial, "damage": self._damage, "probe": self._probe}
+        worker = self if job.recipe is None else self._at(job.recipe)
+        stages = {"trial": worker._trial, "damage": worker._damage, "probe": worker._probe}
         return stages[job.kind](job)
+
+    def _at(self, recipe: Recipe) -> CandidateWorker:
+        """This worker with the bench of the recipe's input size; candidates of all meet the same base."""
+        with self.bench.slot.computing():
+            bench = self.bench.at(recipe)
+        if bench is self.bench:
+            return self
+        resized = copy.copy(self)
+        resized.bench, resized._whole = bench, self
+        return resized
 
     # -- trials
 
@@ -167,11 +180,12 @@ class CandidateWorker:
         return figures
 
     def _base_session(self) -> Session:
-        if self._base is None:
-            with self.bench.slot.computing():
-                model = self.bench.base_model(self.artifacts / BASE_FOLDER)
-                self._base = self.bench.target.prepare(model, self.bench.config.threads)
-        return self._base
+        whole = self._whole
+        if whole._base is None:
+            with whole.bench.slot.computing():
+                model = whole.bench.base_model(self.artifacts / BASE_FOLDER)
+                whole._base = whole.bench.target.prepare(model, whole.bench.config.threads)
+        return whole._base
 
     def _metrics(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 
 from evaluators.accuracy import map_difference_interval, score_session
 from evaluators.bench import Bench
+from evaluators.exported import CARD_FILE, ModelCard
 from evaluators.latency import measure_many
 from evaluators.targets.base import Session
 from search.benchmarks.reports import table, write
@@ -57,11 +58,15 @@ def compare(
     """
     say(f"timing {len(models)} models together")
     sessions = {name: session for name, (session, _) in models.items()}
+    with bench.slot.computing():
+        benches = {name: _bench_of(bench, file) for name, (_, file) in models.items()}
+        inputs = {name: benches[name].timing_inputs for name in models}
     with bench.slot.quiet():
         paired = measure_many(
             {name: session for name, session in sessions.items() if name != base},
             sessions[base],
-            bench.timing_inputs,
+            inputs.pop(base),
+            images_of=inputs,
             threads=bench.config.threads,
             min_rounds=ROUNDS[0],
             max_rounds=ROUNDS[1],
@@ -73,11 +78,12 @@ def compare(
     for split_name in splits:
         split = bench.split(split_name)
         say(f"scoring them on {split_name} ({len(split.images)} images)")
-        images, found = bench.images(split), {}
+        found = {}
         for name, session in sessions.items():
+            own = benches[name]
             with bench.slot.computing():
                 figures[name][split_name], found[name] = score_session(
-                    session, split, images, bench.detector.preprocess
+                    session, split, own.images(split), own.detector.preprocess
                 )
         for name in models:
             differences[name][split_name] = map_difference_interval(split, found[name], found[base])
@@ -92,6 +98,13 @@ def compare(
         )
         for name, (_, file) in models.items()
     ]
+
+
+def _bench_of(bench: Bench, file: Path) -> Bench:
+    """The bench at the size of a model's input, which its card says; peers have none and take the study's."""
+    if not file.with_name(CARD_FILE).is_file():
+        return bench
+    return bench.at(ModelCard.beside(file).recipe)
 
 
 def _megabytes(file: Path) -> float:

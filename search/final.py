@@ -53,14 +53,16 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
     say(f"measuring the {len(there)} models of the front again, together")
     with bench.slot.computing():
         sessions = {n: _session(bench, study, n) for n in there}
-        images = bench.timing_inputs
+        benches = {n: bench.at(_card(study, n).recipe) for n in there}
+        inputs = {str(n): benches[n].timing_inputs for n in there}
         reference = _session(bench, study, base)
     settings = bench.config.latency
     with bench.slot.quiet():
         paired = measure_many(
             {str(n): session for n, session in sessions.items()},
             reference,
-            images,
+            bench.timing_inputs,
+            images_of=inputs,
             threads=bench.config.threads,
             min_rounds=settings.min_rounds,
             max_rounds=settings.max_rounds,
@@ -74,7 +76,7 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
     for n, session in sessions.items():
         with bench.slot.computing():
             figures[n], detections[n] = score_session(
-                session, split, bench.images(split), bench.detector.preprocess
+                session, split, benches[n].images(split), benches[n].detector.preprocess
             )
     models: dict[str, dict[str, Any]] = {}
     for n in there:
@@ -96,7 +98,11 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
 
 def _session(bench: Bench, study: SearchStudy, number: int) -> Session:
     model = model_in(study.trial_folder(number))
-    return bench.target.prepare(model, bench.config.threads, ModelCard.beside(model).runtime.hint)
+    return bench.target.prepare(model, bench.config.threads, _card(study, number).runtime.hint)
+
+
+def _card(study: SearchStudy, number: int) -> ModelCard:
+    return ModelCard.beside(model_in(study.trial_folder(number)))
 
 
 def _write_into_card(study: SearchStudy, number: int, figures: dict[str, Any], split: str) -> None:

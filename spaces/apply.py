@@ -47,7 +47,7 @@ def apply(network: nn.Module, recipe: Recipe, sites: Sites, statistics: Statisti
     """A compressed copy of `network`; the base is left untouched.
 
     Args:
-        network: the base, with trained weights.
+        network: the base, with trained weights; of a recipe that resizes the input, built for that size.
         recipe: what to do.
         sites: of this base, from `spaces.sites.find_sites`.
         statistics: importance of output channels by layer; magnitude of the weights where absent.
@@ -74,6 +74,7 @@ def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
         "dropped": draft.dropped,
         "bits": draft.bits,
         "codebooks": draft.codebooks,
+        "size": draft.size,
     }
     save_weights(draft.network, directory / STATE_FILE)
     temporary = directory / (PLAN_FILE + ".tmp")
@@ -85,7 +86,8 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     """The recipe and the network that `save` stored, bit for bit.
 
     Args:
-        network: a fresh base network of the same detector, from `detector.build()`; taken over.
+        network: a fresh base network of the same detector, from `detector.build()`, for the recipe's size
+            of the input; taken over.
         directory: where `save` wrote.
 
     Raises:
@@ -110,7 +112,8 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     load_weights(network, directory / STATE_FILE)
     bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
     codebooks = {name: int(entries) for name, entries in plan.get("codebooks", {}).items()}
-    return recipe, Draft(network, channels, bits, activations, dropped, factors, codebooks)
+    size = tuple(plan["size"]) if plan.get("size") else None
+    return recipe, Draft(network, channels, bits, activations, dropped, factors, codebooks, size)
 
 
 def _indices(values: list[int] | None) -> tuple[int, ...] | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from spaces.layers import LayerFacts
 from spaces.methods.prune import kept_channels
 from spaces.ranks import layer_ranks
-from spaces.recipe import Codebook, Drop, Factorize, Prune, Quantize, Recipe
+from spaces.recipe import Codebook, Drop, Factorize, Prune, Quantize, Recipe, Resize
 from spaces.sites import Sites
 
 
@@ -49,15 +52,23 @@ def widths_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:
     return sites.widths(kept_by_site(recipe, sites), recipe.of_kind(Drop))
 
 
+def facts_under(recipe: Recipe, sites: Sites) -> Mapping[str, LayerFacts]:
+    """The base's layers at the input size of a recipe."""
+    for choice in recipe.of_kind(Resize).values():
+        if sites.input is not None:
+            return sites.input.smaller[choice.size]
+    return sites.facts
+
+
 def total_macs(recipe: Recipe, sites: Sites) -> int:
     """Multiply-accumulates of one image under a recipe.
 
     Factorised layers count as Tucker-2 where a spatial split, which takes no more, may be chosen.
     """
-    widths = widths_by_layer(recipe, sites)
-    macs = {name: facts.macs(*widths[name]) for name, facts in sites.facts.items()}
+    widths, layers = widths_by_layer(recipe, sites), facts_under(recipe, sites)
+    macs = {name: facts.macs(*widths[name]) for name, facts in layers.items()}
     for site, choice in recipe.of_kind(Factorize).items():
         for name in sites.layer[site].layers:
-            ranks = layer_ranks(sites.facts[name], *widths[name], choice.rank_ratio, choice.multiple)
+            ranks = layer_ranks(layers[name], *widths[name], choice.rank_ratio, choice.multiple)
             macs[name] = macs[name] if ranks is None else ranks[2]
     return sum(macs.values())

@@ -76,8 +76,22 @@ class Codebook(_Frozen):
     entries: Literal[0, 16, 32, 64, 128, 256]
 
 
-AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook
-T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook)
+class Resize(_Frozen):
+    """Run the whole detector on images of another size, in pixels; 0 x 0 leaves the study's."""
+
+    kind: Literal["resize"] = "resize"
+    site: str = "input"
+    height: int = Field(default=0, ge=0)
+    width: int = Field(default=0, ge=0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+
+AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook | Resize
+T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook, Resize)
 Choice = Annotated[AnyChoice, Field(discriminator="kind")]
 
 
@@ -148,6 +162,8 @@ def is_identity(choice: AnyChoice) -> bool:
             return choice.entries == 0
         case Drop():
             return not choice.dropped
+        case Resize():
+            return choice.size == (0, 0)
 
 
 def identity(detector: str) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from spaces.activations import ActivationSite, activation_sites
 from spaces.detectors.base import Detector
+from spaces.inputs import InputSite, Size, input_site
 from spaces.layers import LayerFacts, trace_layers
 from spaces.norms import NORMS, TRACED_NORMS, in_whole_groups
 from spaces.residual import ResidualSite, residual_sites
@@ -65,13 +66,17 @@ class LayerSite:
 
 @dataclass(frozen=True)
 class Sites:
-    """All sites of a detector by name, and the facts of its layers in order of execution."""
+    """All sites of a detector by name, and the facts of its layers in order of execution.
+
+    `input` is None where no other size of the input is on offer; see `spaces.inputs.input_site`.
+    """
 
     channel: Mapping[str, ChannelSite]
     layer: Mapping[str, LayerSite]
     facts: Mapping[str, LayerFacts]
     activation: Mapping[str, ActivationSite] = field(default_factory=dict)
     residual: Mapping[str, ResidualSite] = field(default_factory=dict)
+    input: InputSite | None = None
 
     def widths(self, kept: Mapping[str, int], dropped: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
         """Input and output channels of every layer when `kept` channels are left, by site (others: all).
@@ -93,14 +98,19 @@ class Sites:
         return result
 
 
-def find_sites(detector: Detector, network: nn.Module, max_sites: int | None = None) -> Sites:
+def find_sites(
+    detector: Detector,
+    network: nn.Module,
+    max_sites: int | None = None,
+    resized: Callable[[Size], Detector] | None = None,
+) -> Sites:
     """Trace a base network and name its sites.
 
     Channel sites are torch-pruning's dependency groups (Fang et al. 2023, arXiv 2301.12900), the output
     layers left out. They carry the name of the first layer that produces their channels. Layer sites are
     one layer each, a depthwise convolution joined to the layer that reads it; where that makes more than
     `max_sites` sites of both kinds, the layers of one parent module are joined. Activation sites are stages,
-    residual sites single blocks.
+    residual sites single blocks. Where `resized` makes the detector for another size, its input is one, too.
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
@@ -114,6 +124,7 @@ def find_sites(detector: Detector, network: nn.Module, max_sites: int | None = N
         facts,
         activation_sites(detector, network, facts),
         residual_sites(detector, network, facts),
+        input_site(detector.preprocess.size, facts, network, resized) if resized else None,
     )
 
 

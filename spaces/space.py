@@ -14,6 +14,7 @@ from spaces.capabilities import Capabilities
 from spaces.detectors.base import Detector
 from spaces.effects import total_macs
 from spaces.errors import InputError
+from spaces.inputs import shown_size
 from spaces.methods.registry import METHODS
 from spaces.recipe import (
     BITS,
@@ -25,6 +26,7 @@ from spaces.recipe import (
     Prune,
     Quantize,
     Recipe,
+    Resize,
     is_identity,
 )
 from spaces.sites import Sites
@@ -38,9 +40,10 @@ LABELS = {
     "activate": "activation",
     "drop": "block",
     "codebook": "codebook",
+    "resize": "size",
 }
 JOINED = ("prune", "quantize", "factorize", "codebook")
-"""Kinds that `granularity` joins; sites of the others are blocks or stages as they are."""
+"""Kinds that `granularity` joins; sites of the others are blocks, stages or the input as they are."""
 
 CPU = Capabilities(bit_widths=(32, 16, 8))
 
@@ -306,3 +309,6 @@ def _value(choice: Choice, sites: Sites) -> Value:
             return "dropped" if choice.dropped else "kept"
         case Codebook():
             return float(choice.entries)
+        case Resize():
+            assert sites.input is not None
+            return shown_size(sites.input.size if is_identity(choice) else choice.size)

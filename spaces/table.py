@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spaces.activations import SAVED
 from spaces.methods.prune import kept_channels
 from spaces.ranks import Geometry, Part
-from spaces.recipe import Activate, Drop, Factorize, Prune, Quantize
+from spaces.recipe import Activate, Drop, Factorize, Prune, Quantize, Resize, is_identity
 from spaces.space import SearchSpace, Value
 
 Options = NDArray[np.int64]
@@ -30,6 +30,7 @@ class Shapes:
         costly: `(N, L)` cost of the activation function behind the layer over that of a costly one, 0..1.
         rank_in, rank_out: `(N, L)` channels behind the first factor of a factorised layer and before its
             last one; 0 where it is whole.
+        positions, read: `(N, L)` height x width of what the layer produces and reads.
     """
 
     inputs: NDArray[np.float64]
@@ -39,6 +40,8 @@ class Shapes:
     costly: NDArray[np.float64]
     rank_in: NDArray[np.float64]
     rank_out: NDArray[np.float64]
+    positions: NDArray[np.float64]
+    read: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,13 @@ class Held:
         options: `(P,)` of the recipe.
         summed: `(L,)` each: what adds up over parameters.
         bits: `(L,)`.
+        size: position among the sizes of the input.
     """
 
     options: NDArray[np.int64]
     summed: tuple[NDArray[np.float64], ...]
     bits: NDArray[np.int64]
+    size: int
 
 
 class SpaceTable:
@@ -65,11 +70,15 @@ class SpaceTable:
         self.sizes = np.array([len(p.values) for p in space.parameters.values()])
         facts = list(space.sites.facts.values())
         self.layers = [layer.name for layer in facts]
-        self.positions = np.array([layer.positions for layer in facts], float)
         self.depthwise = np.array([layer.depthwise for layer in facts])
         self._kernel = np.array([layer.kernel[0] * layer.kernel[1] for layer in facts], float)
         self._groups = np.array([1 if layer.depthwise else layer.groups for layer in facts], float)
         self._geometry = Geometry.of(facts)
+        smaller = space.sites.input.smaller if space.sites.input else {}
+        sizes = [self._geometry, *(Geometry.of(list(layers.values())) for layers in smaller.values())]
+        self._positions = np.stack([geometry.positions for geometry in sizes])  # (S, L)
+        self._read = np.stack([geometry.read for geometry in sizes])
+        self._places = {size: place for place, size in enumerate(smaller, start=1)}
         self._base_in = np.array([layer.inputs for layer in facts], float)
         self._base_out = np.array([layer.outputs for layer in facts], float)
         self._widths_and_bits()
@@ -86,6 +95,7 @@ class SpaceTable:
         self._bits = np.full((len(self.names), most, layers), 32)
         self._saved = np.zeros((len(self.names), most, layers))
         self._dropped = np.zeros((len(self.names), most, layers))
+        self._size = np.zeros((len(self.names), most), np.int64)
         self._costly = np.zeros(layers)
         for stage in sites.activation.values():
             self._costly[[place[layer] for layer in stage.layers]] = 1.0
@@ -117,6 +127,8 @@ class SpaceTable:
                         case Drop():
                             inside = [place[layer] for layer in sites.residual[choice.site].layers]
                             self._dropped[p, o, inside] = float(choice.dropped)
+                        case Resize() if not is_identity(choice):
+                            self._size[p, o] = self._places[choice.size]
         self._sets_bits = (self._bits != 32).any(axis=1)
         # What adds up over parameters; a layer's rank is chosen by one parameter alone.
         self._summed = (self._lost_in, self._lost_out, self._low_rank, self._saved, self._dropped)
@@ -124,6 +136,8 @@ class SpaceTable:
         """True where the space may replace activation functions."""
         self.factorizes = bool(self._low_rank.any())
         """True where the space may factorise layers."""
+        self.resizes = bool(self._size.any())
+        """True where the space may make the input smaller."""
 
     def options(self, params: Sequence[Mapping[str, Any]]) -> Options:
         """Positions `(N, P)` of the values of N sets of parameters."""
@@ -142,12 +156,13 @@ class SpaceTable:
         """Layers of N recipes."""
         bits = np.full((len(options), len(self.layers)), 32)
         summed = [np.zeros(bits.shape) for _ in self._summed]
+        size = self._size[np.arange(len(self.names)), options].sum(axis=1)
         for p in range(len(self.names)):
             chosen = options[:, p]
             bits = np.minimum(bits, self._bits[p, chosen])
             for total, values in zip(summed, self._summed, strict=True):
                 total += values[p, chosen]
-        return self._shapes(summed, bits)
+        return self._shapes(summed, bits, size)
 
     def held(self, current: NDArray[np.int64]) -> Held:
         """What a recipe `(P,)` takes from every layer."""
@@ -155,7 +170,8 @@ class SpaceTable:
         taken = (v.reshape(-1, len(self.layers)).take(rows, axis=0) for v in self._summed)
         # A layer takes its bit-width from one parameter alone.
         bits = self._bits.reshape(-1, len(self.layers)).take(rows, axis=0).min(0)
-        return Held(current, tuple(values.sum(0) for values in taken), bits)
+        size = int(self._size.reshape(-1).take(rows).sum())
+        return Held(current, tuple(values.sum(0) for values in taken), bits, size)
 
     def neighbours(
         self,
@@ -179,7 +195,8 @@ class SpaceTable:
             for total, values in zip(held.summed, self._summed, strict=True)
         ]
         bits = self.bits_after(held, parameter, option, layers)
-        return self._shapes(summed, bits, layers)
+        size = held.size + self._size[parameter, option] - self._size[parameter, held.options[parameter]]
+        return self._shapes(summed, bits, size, layers)
 
     def bits_after(
         self,
@@ -198,23 +215,27 @@ class SpaceTable:
         self,
         summed: Sequence[NDArray[np.float64]],
         bits: NDArray[np.int64],
+        size: NDArray[np.int64],
         layers: NDArray[np.int64] | None = None,
     ) -> Shapes:
         at = slice(None) if layers is None else layers
+        positions, read = (
+            (v[size] if layers is None else v[size, layers]) for v in (self._positions, self._read)
+        )
         lost_in, lost_out, low_rank, saved, dropped = summed
         left = dropped < 0.5
         outputs = (self._base_out[at] - lost_out) * left
         inputs = np.where(self.depthwise[at], outputs, (self._base_in[at] - lost_in) * left)
         filters = np.where(self.depthwise[at], 1.0, inputs / self._groups[at])
-        macs = outputs * filters * self._kernel[at] * self.positions[at]
+        macs = outputs * filters * self._kernel[at] * positions
         rank_in = rank_out = np.zeros(macs.shape)
         if self.factorizes:
-            geometry = self._geometry if layers is None else self._geometry.at(layers)
+            geometry = self._geometry_of(positions, read, at)
             rank_in, rank_out = geometry.ranks(inputs, outputs, 1 - low_rank, self._multiple)
             factors = sum(part.macs for part in geometry.parts(inputs, outputs, rank_in, rank_out))
             macs = np.where(rank_in > 0, factors, macs)
         costly = np.maximum(self._costly[at] - saved, 0.0)
-        return Shapes(inputs, outputs, macs, bits, costly, rank_in, rank_out)
+        return Shapes(inputs, outputs, macs, bits, costly, rank_in, rank_out, positions, read)
 
     def thin_parts(self, shapes: Shapes, layers: NDArray[np.int64] | slice) -> tuple[Part, ...]:
         """What factorised layers compute before their last factor; nothing where the space has none.
@@ -225,6 +246,12 @@ class SpaceTable:
         """
         if not self.factorizes:
             return ()
-        geometry = self._geometry if isinstance(layers, slice) else self._geometry.at(layers)
+        geometry = self._geometry_of(shapes.positions, shapes.read, layers)
         first, core, _ = geometry.parts(shapes.inputs, shapes.outputs, shapes.rank_in, shapes.rank_out)
         return first, core
+
+    def _geometry_of(
+        self, positions: NDArray[np.float64], read: NDArray[np.float64], layers: NDArray[np.int64] | slice
+    ) -> Geometry:
+        geometry = self._geometry if isinstance(layers, slice) else self._geometry.at(layers)
+        return replace(geometry, positions=positions, read=read)

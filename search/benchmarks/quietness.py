@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evaluators.bench import Bench
 from evaluators.latency import PairedLatency, measure_many, same_speed
@@ -17,6 +18,7 @@ from evaluators.targets.base import Detections, Session, TensorPart
 from search.benchmarks.load import training
 from search.benchmarks.reports import rank_correlation, table, write
 from spaces.errors import InputError
+from spaces.recipe import Recipe
 
 TRIAL_S = 60.0
 SECONDS_A_MODEL = 3.0
@@ -33,11 +35,19 @@ class Timed:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that is timed: its name, the loaded file, and its tensor part."""
+    """A model that is timed.
+
+    Attributes:
+        name: in the report.
+        session: the loaded file.
+        tensor_part: of the same file.
+        recipe: says the size of the input; without one it is the study's.
+    """
 
     name: str
     session: Session
     tensor_part: TensorPart
+    recipe: Recipe | None = None
 
 
 Results = Mapping[str, Mapping[str, Timed]]
@@ -71,7 +81,7 @@ def compare_conditions(
         found = {}
         for model in models:
             started = time.monotonic()
-            latency = bench.timed(model.session, base)
+            latency = _bench_of(bench, model).timed(model.session, base)
             found[model.name] = Timed(latency, time.monotonic() - started)
             say(f"  {model.name}: {latency.ratio:.3f} [{latency.low:.3f}, {latency.high:.3f}]")
         return found
@@ -91,9 +101,12 @@ def tensor_times(
 ) -> dict[str, tuple[PairedLatency, PairedLatency]]:
     """Whole detector and tensor part of each model, all in one batch, over the base's whole detector."""
     sessions: dict[str, Session] = {}
+    images_of: dict[str, list[NDArray[np.float32]]] = {}
     for model in models:
         sessions[f"whole {model.name}"] = model.session
         sessions[f"tensor {model.name}"] = _AsSession(model.tensor_part)
+        inputs = _bench_of(bench, model).timing_inputs
+        images_of |= {f"whole {model.name}": inputs, f"tensor {model.name}": inputs}
     settings = bench.config.latency
     with bench.slot.quiet():
         found = measure_many(
@@ -105,8 +118,14 @@ def tensor_times(
             max_rounds=settings.max_rounds,
             target_spread=settings.target_spread,
             time_limit_s=SECONDS_A_MODEL * (len(sessions) + 1),
+            images_of=images_of,
         )
     return {m.name: (found[f"whole {m.name}"], found[f"tensor {m.name}"]) for m in models}
+
+
+def _bench_of(bench: Bench, model: Model) -> Bench:
+    """The bench at the size of a model's input."""
+    return bench if model.recipe is None else bench.at(model.recipe)
 
 
 class _AsSession:

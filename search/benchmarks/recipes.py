@@ -44,6 +44,7 @@ class Exported:
 def exported(bench: Bench, recipe: Recipe, folder: Path) -> Exported:
     """Carry a recipe out on the base, without training, and load the file."""
     with bench.slot.computing():
+        bench = bench.at(recipe)
         draft = apply(bench.base, recipe, bench.sites)  # which channels go makes no difference to the time
         file, card = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
         session = bench.target.prepare(file, bench.config.threads, card.runtime.hint)
@@ -57,7 +58,7 @@ def measured(
     base = exported(bench, bench.identity, folder / "base").session
     for count, recipe in enumerate(recipes, start=1):
         made = exported(bench, recipe, folder / "recipe")
-        found = bench.timed(made.session, base)
+        found = bench.at(recipe).timed(made.session, base)
         say(f"  {count}/{len(recipes)}: {found.ratio:.3f} [{found.low:.3f}, {found.high:.3f}]")
         yield made, found
 

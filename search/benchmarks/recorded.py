@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,8 @@ class Recorded(BaseModel):
             InputError: this version makes another space for the detector.
         """
         detector = make_detector(self.detector, self.classes, self.size)
-        sites = find_sites(detector, detector.build(), MAX_PARAMETERS)
+        resized = partial(make_detector, self.detector, self.classes) if "resize" in self.methods else None
+        sites = find_sites(detector, detector.build(), MAX_PARAMETERS, resized)
         capabilities = Capabilities(self.bit_widths, self.channel_granule)
         space = build_space(detector, sites, capabilities, self.methods, self.granularity)
         if {name: p.values for name, p in space.parameters.items()} != self.values:

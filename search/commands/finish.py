@@ -118,7 +118,7 @@ def _bench(study: SearchStudy, changes: dict[str, object]) -> Bench:
 def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> str:
     """Copy the pair of a trial, or make it again from its stored state; says which."""
     from evaluators.exported import CARD_FILE, model_in
-    from search.trials import evaluation_of
+    from search.trials import evaluation_of, recipe_of
     from spaces.apply import PLAN_FILE, STATE_FILE, rebuild
     from spaces.effects import bits_by_layer
     from spaces.errors import InputError
@@ -130,11 +130,14 @@ def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> s
         return "copied"
     if not all((source / name).is_file() for name in (PLAN_FILE, STATE_FILE)):
         raise InputError("--trial", number, "its files are gone from the artefact folder (see keep_mb)")
+    trial = study.optuna.get_trials(deepcopy=False)[number]
+    recipe, evaluation = recipe_of(trial), evaluation_of(trial)
+    assert recipe is not None
+    assert evaluation is not None, "its mAP was read before"
+    bench = bench.at(recipe)
     recipe, draft = rebuild(bench.detector.build(), source)
     draft.network.eval()
     _, card = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
-    evaluation = evaluation_of(study.optuna.get_trials(deepcopy=False)[number])
-    assert evaluation is not None, "its mAP was read before"
     figures = {name: measured.value for name, measured in evaluation.metrics.items()}
     card.model_copy(update={"figures": {**figures, "split": evaluation.split}}).write(folder)
     return "made again from its stored weights"
@@ -146,9 +149,10 @@ def _score(bench: Bench, folder: Path) -> tuple[float, int]:
     from evaluators.exported import ModelCard, model_in
 
     model = model_in(folder)
-    hint = ModelCard.beside(model).runtime.hint
+    card = ModelCard.beside(model)
     with bench.slot.computing():
-        session = bench.target.prepare(model, bench.config.threads, hint)
+        bench = bench.at(card.recipe)
+        session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
         figures, found = score_session(
             session, bench.splits["select"], bench.select, bench.detector.preprocess
         )

@@ -234,7 +234,7 @@ def _models(
             one = exported(bench, recipe, folder / str(k))
             hint = ModelCard.beside(one.file).runtime.hint
             part = target.prepare_tensor_part(one.file, threads, hint)
-            made.append(Model(f"recipe {k}", one.session, part))
+            made.append(Model(f"recipe {k}", one.session, part, recipe))
         return made
     opened = load_study(study, url=storage)
     base, front = base_number(opened), front_numbers(opened)
@@ -244,9 +244,10 @@ def _models(
     there = [(n, file) for n, file in files.items() if file.is_file()][:count]
     models = []
     for number, file in there:
-        hint = ModelCard.beside(file).runtime.hint
-        session = target.prepare(file, threads, hint)
-        models.append(Model(f"trial {number}", session, target.prepare_tensor_part(file, threads, hint)))
+        card = ModelCard.beside(file)
+        session = target.prepare(file, threads, card.runtime.hint)
+        part = target.prepare_tensor_part(file, threads, card.runtime.hint)
+        models.append(Model(f"trial {number}", session, part, card.recipe))
     return models
 
 

@@ -30,6 +30,7 @@ class Draft:
         dropped: residual blocks that are left out, by module name.
         factors: how layers were factorised.
         codebooks: numbers of values that weights are stored in, by layer.
+        size: height and width of the input in pixels where it is not the study's.
     """
 
     network: nn.Module
@@ -39,6 +40,7 @@ class Draft:
     dropped: tuple[str, ...] = ()
     factors: dict[str, Factored] = field(default_factory=dict)
     codebooks: dict[str, int] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
 
     @property
     def changed_modules(self) -> frozenset[str]:
@@ -48,7 +50,7 @@ class Draft:
     @property
     def changed(self) -> bool:
         """True where more than bit-widths differs from the base: such a network has to be trained."""
-        return bool(self.channels or self.factors or self.activations or self.dropped)
+        return bool(self.channels or self.factors or self.activations or self.dropped or self.size)
 
 
 @runtime_checkable

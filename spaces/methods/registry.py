@@ -9,6 +9,7 @@ from spaces.methods.drop import Dropping
 from spaces.methods.factorize import Factorization
 from spaces.methods.prune import Pruning
 from spaces.methods.quantize import Quantization
+from spaces.methods.resize import Resizing
 
 METHODS: dict[str, Method] = {
     "prune": Pruning(),
@@ -17,4 +18,5 @@ METHODS: dict[str, Method] = {
     "quantize": Quantization(),
     "codebook": Codebooks(),
     "drop": Dropping(),
+    "resize": Resizing(),
 }

@@ -308,3 +308,23 @@ def test_bad_input() -> None:
         measure_pair(model, model, bench.images, threads=1, min_rounds=9, max_rounds=8)
     with pytest.raises(InputError, match="name"):
         measure_many({"": model}, model, bench.images, threads=1)
+
+
+def test_models_of_another_size_get_the_same_images_at_theirs() -> None:
+    bench = Bench(images=2)
+    smaller = [np.full((1, 3, 1, 1), 10 + k, dtype=np.float32) for k in range(2)]
+    base, candidate = (bench.model(name, lambda run, image: 1.0) for name in ("base", "candidate"))
+    options: dict[str, Any] = {
+        "threads": 1,
+        "min_rounds": 6,
+        "max_rounds": 6,
+        "warmup": 2,
+        "clock": bench.clock,
+    }
+    measure_pair(candidate, base, bench.images, candidate_images=smaller, **options)
+    seen = {name: {image for who, image in bench.runs if who == name} for name in ("base", "candidate")}
+    assert seen == {"base": {0, 1}, "candidate": {10, 11}}
+    rounds = [bench.runs[k : k + 2] for k in range(4, len(bench.runs), 2)]  # the first four are warm-up
+    assert all({image % 10 for _, image in pair} == {k % 2} for k, pair in enumerate(rounds))
+    with pytest.raises(InputError, match="must be 2"):
+        measure_pair(candidate, base, bench.images, candidate_images=smaller[:1], **options)

@@ -40,7 +40,7 @@ def roofline(table: SpaceTable, options: Options) -> NDArray[np.float64]:
     shapes = table.shapes(options)
     speed = np.where(shapes.bits == 8, 3.0, np.where(shapes.bits == 16, 1.8, 1.0))
     speed = speed * np.where(table.depthwise, 0.2, 1.0)
-    moved = (shapes.inputs + shapes.outputs) * table.positions * shapes.bits / 32
+    moved = (shapes.inputs + shapes.outputs) * shapes.positions * shapes.bits / 32
     return (np.maximum(shapes.macs / speed, 8.0 * moved) + 500).sum(axis=1)
 
 

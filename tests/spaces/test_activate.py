@@ -173,7 +173,7 @@ def test_shown_by_name_and_priced(yolox: YoloX, sites: Sites) -> None:
     price = np.zeros(features(table, shapes).shape[1])
     price[3] = 1.0  # of elements that go through a costly function at 32 bits
     whole, cheaper = LatencyModel(table, price, 0.0).of(shapes)
-    written = shapes.outputs[0] * table.positions
+    written = shapes.outputs[0] * shapes.positions[0]
     saved = written[[table.layers.index(n) for n in gone]].sum() / written.sum()
     assert whole - cheaper == pytest.approx(saved)
 

@@ -18,7 +18,7 @@ class TestYoloX(DetectorContract):
 
 
 class TestMethods(MethodContract):
-    @pytest.fixture(params=sorted(METHODS))
+    @pytest.fixture(params=sorted(set(METHODS) - {"resize"}))  # at this size there is no smaller one
     def method(self, request: pytest.FixtureRequest) -> Method:
         return METHODS[request.param]
 

@@ -156,7 +156,7 @@ def test_features_of_factors_by_hand(yolox: YoloX, sites: Sites) -> None:
     parts = 64 * 24 * 64, 24 * 48 * 9 * 16, 48 * 128 * 16
     filled = parts[0] * 32 / 24 + parts[1] + parts[2]  # 24 channels take two blocks of 16
     assert (thin[0] - whole[0]) * scale == pytest.approx(filled - 64 * 128 * 9 * 16)
-    elements = (table.base.outputs * table.positions).sum()
+    elements = (table.base.outputs * table.base.positions).sum()
     assert (thin[2] - whole[2]) * elements == pytest.approx(24 * 64 + 48 * 16)
     assert thin[1] == whole[1]
 

@@ -1,0 +1,86 @@
+"""The input of a network as a site: the smaller sizes at which the same weights run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from spaces.detectors.base import Detector
+from spaces.errors import InputError
+from spaces.layers import LayerFacts, trace_layers
+
+Size = tuple[int, int]
+"""Height and width, pixels."""
+
+INPUT = "input"
+STEP = 32
+"""Of what sizes are multiples: the coarsest stride of common detectors."""
+EIGHTHS = (7, 6, 5, 4)
+"""Shares of the own size that are on offer. At less than half of it small objects are gone."""
+BENT = 0.125
+"""How far height over width may leave its own value: what is beyond would be spent on padding."""
+
+
+@dataclass(frozen=True)
+class InputSite:
+    """Where the size of the input is chosen, once for the whole recipe.
+
+    Attributes:
+        size: the detector's own.
+        smaller: by size, the largest first, the facts of the layers in order of execution. Only their
+            positions and what they read and write differ from the base's.
+    """
+
+    size: Size
+    smaller: Mapping[Size, Mapping[str, LayerFacts]]
+
+
+def shown_size(size: Size) -> str:
+    """Such as `320x416`, height first."""
+    return "x".join(map(str, size))
+
+
+def smaller_sizes(size: Size) -> tuple[Size, ...]:
+    """The multiples of `STEP` nearest to some eighths of a size, the largest first; fewer for small sizes."""
+    found = []
+    for eighths in EIGHTHS:
+        height, width = (int(side * eighths / 8 / STEP + 0.5) * STEP for side in size)
+        if not height or not width or height >= size[0] or width >= size[1]:
+            continue
+        if abs(height * size[1] / (width * size[0]) - 1) <= BENT:
+            found.append((height, width))
+    return tuple(dict.fromkeys(found))
+
+
+def input_site(
+    size: Size, base: Mapping[str, LayerFacts], network: nn.Module, resized: Callable[[Size], Detector]
+) -> InputSite | None:
+    """The sizes at which a base runs with its weights as they are; None where there is no smaller one.
+
+    A size that the family refuses, or whose network has other layers or weights, is left out.
+
+    Args:
+        size: the detector's own.
+        base: facts of its layers at that size.
+        network: the base.
+        resized: makes the same detector for another size.
+    """
+    found: dict[Size, Mapping[str, LayerFacts]] = {}
+    for smaller in smaller_sizes(size):
+        try:
+            other = resized(smaller)
+            copy = other.build()
+            copy.load_state_dict(network.state_dict())
+            facts = trace_layers(copy, smaller)
+        except (InputError, RuntimeError, ValueError, IndexError):  # of shapes that do not fit
+            continue
+        if other.preprocess.size == smaller and _layers_of(facts) == _layers_of(base):
+            found[smaller] = facts
+    return InputSite(size, found) if found else None
+
+
+def _layers_of(facts: Mapping[str, LayerFacts]) -> list[tuple[object, ...]]:
+    """What must not depend on the size."""
+    return [(f.name, f.inputs, f.outputs, f.kernel, f.groups) for f in facts.values()]

@@ -1,0 +1,171 @@
+"""A smaller input on its way through a worker: damage, probe, a trial whose file is scored as users would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evaluators.accuracy import score_session
+from evaluators.bench import SpaceConfig
+from evaluators.damage import coarser
+from evaluators.datasets.letterbox import LetterboxedImages
+from evaluators.evaluation import Evaluation
+from evaluators.exported import ModelCard
+from evaluators.jobs import Job
+from evaluators.pipeline import CandidateWorker
+from evaluators.resized import DISTILLED
+from evaluators.targets.base import Detections
+from spaces.apply import rebuild, same_state
+from spaces.effects import bits_by_layer, total_macs
+from spaces.errors import InputError
+from spaces.recipe import Prune, Quantize, Recipe, Resize, identity
+
+SMALLER = Resize(height=96, width=96)
+NAME = "yolox_digits"
+
+
+@pytest.fixture(scope="module")
+def worker(make_worker: Callable[..., CandidateWorker]) -> CandidateWorker:
+    """At 128 pixels, where 96 and 64 are on offer."""
+    return make_worker(size=(128, 128), space=SpaceConfig(methods=("prune", "quantize", "resize")))
+
+
+def mixed(worker: CandidateWorker) -> Recipe:
+    """Smaller, a quarter of the deepest channels gone, the neck at 8 bits."""
+    sites = worker.bench.sites
+    return Recipe(
+        detector=NAME,
+        choices=(
+            SMALLER,
+            *(Prune(site=name, sparsity=0.25) for name in sites.channel if "dark5" in name),
+            *(Quantize(site=n, weight_bits=8, activation_bits=8) for n in sites.layer if "C3_p3" in n),
+        ),
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation(worker: CandidateWorker) -> Evaluation:
+    reports = list(worker.run(Job(kind="trial", name="trial 1", number=1, recipe=mixed(worker), seed=1)))
+    stages = ["compress", "teacher", "fine-tune 1/1", "export", "score", "latency", "done"]
+    assert [report.stage for report in reports] == stages
+    return Evaluation.model_validate(reports[-1].result)
+
+
+def test_the_file_is_of_its_own_size_and_scored_on_the_same_objects(
+    worker: CandidateWorker, evaluation: Evaluation
+) -> None:
+    bench, recipe = worker.bench, mixed(worker)
+    assert evaluation.status == "ok"
+    assert evaluation.artifact is not None
+    model = Path(evaluation.artifact)
+    card = ModelCard.beside(model)
+    assert card.preprocess.size == (96, 96)
+    assert card.recipe == recipe
+    session = bench.target.prepare(model, card.runtime.threads, card.runtime.hint)
+    split, look = bench.splits["select"], card.preprocess
+    images = LetterboxedImages.build(split, look.size, look.pad_value, bench.config.cache)
+    figures, found = score_session(session, split, images, look)
+    assert figures["map"] == evaluation.metrics["map"].value > 10
+    assert evaluation.metrics["macs"].value == total_macs(recipe, bench.sites)
+    assert evaluation.metrics["macs"].value < 0.6 * total_macs(bench.identity, bench.sites)
+    farthest = {image.id: found[image.id].boxes.max(initial=0.0) for image in split.images}
+    assert max(farthest.values()) > 96, "in pixels of the original"
+    assert all(farthest[image.id] <= 1.05 * max(image.width, image.height) for image in split.images)
+
+
+def test_its_base_runs_in_full_size(worker: CandidateWorker, evaluation: Evaluation) -> None:
+    base = ModelCard.beside(worker.artifacts / "base" / worker.bench.target.model_file)
+    assert base.preprocess.size == (128, 128)
+    assert base.recipe.is_identity
+    assert evaluation.details["unseen"] == []
+
+
+def test_the_candidate_and_the_base_are_timed_on_the_same_images(worker: CandidateWorker) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.seen: list[np.ndarray] = []  # type: ignore[type-arg]
+
+        def run(self, images: np.ndarray) -> Detections:  # type: ignore[type-arg]
+            self.seen.append(images)
+            return Detections(np.zeros((0, 4), np.float32), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+        def kernels(self) -> dict[str, str]:
+            return {}
+
+    candidate, base = Recorder(), Recorder()
+    worker.bench.at(mixed(worker)).timed(candidate, base)
+    assert {x.shape for x in candidate.seen} == {(1, 3, 96, 96)}
+    assert {x.shape for x in base.seen} == {(1, 3, 128, 128)}
+    count = worker.bench.config.latency.images
+    small, large = (torch.from_numpy(np.concatenate(r.seen[3 : 3 + count])) for r in (candidate, base))
+    shrunk = torch.nn.functional.interpolate(large, size=(96, 96), mode="bilinear", antialias=True)
+    apart = (shrunk[:, None] - small[None]).abs().mean(dim=(2, 3, 4))
+    assert apart.argmin(dim=1).tolist() == list(range(count))
+
+
+def test_the_stored_state_makes_the_same_file_again(
+    worker: CandidateWorker, evaluation: Evaluation, tmp_path: Path
+) -> None:
+    assert evaluation.artifact is not None
+    model, bench = Path(evaluation.artifact), worker.bench.at(mixed(worker))
+    recipe, draft = rebuild(bench.detector.build(), model.parent)
+    assert draft.size == (96, 96)
+    written, _ = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, tmp_path)
+    assert written.read_bytes() == model.read_bytes()
+
+
+def test_damage_grows_as_the_input_shrinks(worker: CandidateWorker) -> None:
+    sizes = [Recipe(detector=NAME, choices=(Resize(height=side, width=side),)) for side in (96, 64)]
+    pruned = tuple(Prune(site=n, sparsity=0.5) for n in worker.bench.sites.channel if "dark5" in n)
+    both = Recipe(detector=NAME, choices=(SMALLER, *pruned))
+    recipes = [identity(NAME), *sizes, both]
+    payload = {"recipes": [recipe.to_json() for recipe in recipes]}
+    *_, last = worker.run(Job(kind="damage", name="damage", payload=payload))
+    assert last.result is not None
+    none, mild, strong, more = (last.result["damage"][recipe.key] for recipe in recipes)
+    assert none == pytest.approx(0.0, abs=1e-6)
+    assert 0 < mild < strong
+    assert mild < more
+
+
+def test_coarser_images_lose_detail_and_keep_their_place() -> None:
+    plain = torch.full((1, 3, 64, 96), 7.0)
+    assert torch.allclose(coarser(plain, (32, 64)), plain)
+    stripes = torch.arange(64).remainder(2).float().expand(1, 3, 64, 64) * 2
+    assert torch.allclose(coarser(stripes, (32, 32))[..., 8:-8], torch.tensor(1.0), atol=0.05)
+    left = torch.zeros(1, 1, 64, 64)
+    left[..., :32] = 1.0
+    blurred = coarser(left, (32, 32))
+    assert torch.equal(blurred.round(), left)
+
+
+def test_a_probe_times_the_smaller_input(worker: CandidateWorker) -> None:
+    smallest = Recipe(detector=NAME, choices=(Resize(height=64, width=64),))
+    *_, last = worker.run(Job(kind="probe", name="probe", recipe=smallest))
+    assert last.result is not None
+    assert last.result["low"] < 0.8, "a quarter of the multiplications cannot take as long as all of them"
+
+
+def test_benches_of_a_study_share_what_does_not_depend_on_the_size(worker: CandidateWorker) -> None:
+    bench, smaller = worker.bench, worker.bench.at(mixed(worker))
+    assert bench.at(bench.identity) is bench
+    assert bench.at(mixed(worker)) is smaller
+    assert smaller.at(bench.identity) is bench
+    assert same_state(smaller.base.state_dict(), bench.base.state_dict())
+    assert smaller.space is bench.space
+    assert smaller.detector.preprocess == bench.detector.preprocess.model_copy(update={"size": (96, 96)})
+    assert smaller.fit.pixels.shape[1:3] == (96, 96)
+    assert list(smaller.fit.image_ids) == list(bench.fit.image_ids)
+    plan, whole = smaller.config.finetune, bench.config.finetune
+    assert plan.distill_weight == DISTILLED * whole.distill_weight
+    assert plan.task_weight == whole.task_weight
+
+
+def test_a_size_that_is_not_offered_is_refused(worker: CandidateWorker) -> None:
+    other = Recipe(detector=NAME, choices=(Resize(height=32, width=32),))
+    with pytest.raises(InputError, match=r"32x32.*choose one of 96x96, 64x64"):
+        worker.run(Job(kind="trial", name="trial 2", number=2, recipe=other))
