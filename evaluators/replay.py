@@ -63,8 +63,9 @@ class Recording(TorchFunctionMode):
     def __init__(self, images: Tensor, parameters: Mapping[int, str], changed: Collection[int]) -> None:
         super().__init__()
         self.script = Script()
-        self.trained, self._parameters = set(changed), parameters
+        self.trained = set(changed)
         self.behind: set[str] = set()  # parameters that meet what was trained before them
+        self._of: dict[int, set[str]] = {number: {name} for number, name in parameters.items()}
         self._made: dict[int, Place] = {id(images): (-1, 0)}
         self._alive: list[Any] = [images]  # while a tensor lives no other one has its id
 
@@ -75,11 +76,13 @@ class Recording(TorchFunctionMode):
         number = len(self.script.calls)
         self.script.calls.append(None)
         if any(id(tensor) in self.trained for tensor in given):
-            self.behind |= {self._parameters[id(t)] for t in given if id(t) in self._parameters}
+            self.behind |= self._behind(given)
             self.read(given)
             self.trained |= {id(tensor) for tensor in made}
         elif made and any(id(tensor) in self._made for tensor in given):
             self.script.calls[number] = self._call(returned, given, number)
+        else:  # of parameters alone, such as a scaled weight
+            self._of |= {id(tensor): self._behind(given) for tensor in made if id(tensor) not in self._of}
         return returned
 
     def read(self, tensors: list[Tensor]) -> None:
@@ -90,6 +93,10 @@ class Recording(TorchFunctionMode):
                 self.script.reads_images = True
             elif place is not None:
                 self.script.kept.setdefault(place, len(self.script.kept))
+
+    def _behind(self, given: list[Tensor]) -> set[str]:
+        """Parameters that tensors were computed from."""
+        return {name for tensor in given for name in self._of.get(id(tensor), ())}
 
     def _call(self, returned: Any, given: list[Tensor], number: int) -> Call:
         single = isinstance(returned, Tensor)

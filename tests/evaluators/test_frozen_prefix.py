@@ -200,3 +200,22 @@ def test_every_family_runs_in_bfloat16(pruned: tuple[Detector, nn.Module, frozen
     trained = [p for name, p in network.named_parameters() if name not in prefix.parameters]
     assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in trained)
     assert sum(p.grad is not None for p in trained) > len(trained) / 2
+
+
+class Scaled(Small):
+    """Behind the trained layer stands a parameter that is used through a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.after = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.last(self.act(self.first(images))) * (self.after * 2),)
+
+
+def test_a_parameter_behind_is_trained_whatever_it_is_computed_into() -> None:
+    network = Scaled()
+    prefix = prefix_of(network, {"last"}, Batches(2, 2))
+    assert prefix.parameters == {"first.weight"}
+    prefix(np.array([0, 1, 2]), False)[0].sum().backward()
+    assert network.after.grad is not None
