@@ -64,7 +64,7 @@ class TrialRungs:
 
     def begin(self, clock: StageClock) -> Iterator[StageReport]:
         """Before the training: the one-shot rung or, of an interrupted trial, its last rung once more."""
-        stored = self._read() if self.epochs else None
+        stored = self._read() if (self._folder / CHECKPOINT).is_file() else None
         if stored is not None:
             rung, self.start = stored
             report = clock.ended(f"go on after rung {rung.epochs}", "teacher")

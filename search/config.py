@@ -19,6 +19,7 @@ _LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
 _PATHS = ("checkpoint", "data.root", "data.fit", "data.select", "data.report")
 """Looked for beside the configuration first, then in the working directory."""
 
+KEEP = 0.5
 USUAL_RUNGS = (0.0, 1 / 3)
 """Shares of the epochs: one-shot, short."""
 
@@ -34,6 +35,7 @@ class SearchSettings(BaseModel):
         rungs: stop candidates in the middle of their training; see `search.rungs`. True for the usual rungs
             (before training and after a third of it), or the shares of the epochs after which to look, such
             as `[0, 0.25, 0.5]`. By default the usual ones where candidates are trained for 2 epochs or more.
+        keep: share of the candidates of a rung that go on; 1 writes their figures down and stops nobody.
         warm_start: name of another study in the same database to begin with; see `search.warm_start`.
     """
 
@@ -44,6 +46,7 @@ class SearchSettings(BaseModel):
     sampler: str = "front"
     seeds: bool = True
     rungs: bool | tuple[float, ...] | None = None
+    keep: float = Field(default=KEEP, gt=0.0, le=1.0)
     warm_start: str | None = None
 
     @field_validator("rungs")

@@ -29,7 +29,7 @@ class Experience:
         passed: of each finished trial, mAP by the epochs of the rungs that it passed.
         stopped: positions `(S, P)` of the trials that were stopped at a rung.
         stopped_at: of each of them, mAP by rung; the last rung is where it was stopped.
-        pending: positions `(K, P)` of the trials that run now.
+        pending: positions `(K, P)` of the trials that run now, or were interrupted and will go on.
         taken: positions of all of these as bytes, so that nothing is proposed twice.
     """
 
@@ -111,7 +111,7 @@ class ExperienceReader:
             if read is None:
                 continue
             taken.add(read.options.tobytes())
-            if trial.state == TrialState.RUNNING:
+            if not trial.state.is_finished():
                 pending.append(read)
             elif trial.state == TrialState.PRUNED and read.rungs:
                 stopped.append(read)
@@ -135,9 +135,7 @@ class ExperienceReader:
         if trial._trial_id in self._known:
             return self._known[trial._trial_id]
         read = None
-        if trial.state in (TrialState.COMPLETE, TrialState.RUNNING, TrialState.PRUNED) and (
-            set(trial.params) == self._names
-        ):
+        if trial.state != TrialState.FAIL and set(trial.params) == self._names:
             options = self._table.options([trial.params])[0]
             read = _Read(options, figures_of(trial), rung_maps(trial))
         if trial.state.is_finished():

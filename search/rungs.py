@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.jobs import Rung
 from evaluators.ranking import MAP_DROP, Problem, non_dominated_ranks
+from search.config import KEEP
 from search.experience import ExperienceReader
 from search.judge import base_evaluation, reference_of
 from search.knowledge import LatencyLearner, latency_learner
@@ -25,8 +26,6 @@ from search.study import SearchStudy
 from search.trials import DUPLICATE_OF, REASON, TrialWriter, evaluation_of, rung_figures
 from spaces.table import SpaceTable
 
-KEEP = 0.5
-"""Share of the candidates of a rung that go on."""
 COMPANY = 8
 """With fewer candidates at a rung nobody is stopped by comparison: the seeds pass."""
 ENOUGH = 5
@@ -75,18 +74,19 @@ def order(points: ArrayLike) -> list[int]:
 
 
 def _net(scaled: NDArray[np.float64], members: NDArray[np.int64]) -> list[np.int64]:
-    left = list(members)
-    chosen: list[np.int64] = []
-    distance = np.full(len(scaled), np.inf)
-    while left:
-        if chosen:
-            distance = np.minimum(distance, np.linalg.norm(scaled - scaled[chosen[-1]], axis=1))
-            best = max(left, key=lambda k: (round(float(distance[k]), 12), -k))
-        else:
-            best = min(left, key=lambda k: (float(scaled[k, 0]), k))
-        left.remove(best)
-        chosen.append(best)
-    return chosen
+    points = scaled[members]
+    chosen = [int(np.argmin(points[:, 0]))]
+    distance = np.full(len(points), np.inf)
+    while len(chosen) < len(points):
+        distance = np.minimum(distance, np.linalg.norm(points - points[chosen[-1]], axis=1))
+        distance[chosen[-1]] = -1.0  # never again
+        chosen.append(int(np.argmax(np.round(distance, 12))))
+    return list(members[chosen])
+
+
+def goes_on(place: int, of: int, keep: float = KEEP, company: int = COMPANY) -> bool:
+    """Whether the candidate at a place, counted from 1, of so many at a rung is trained on."""
+    return of < company or place <= math.ceil(keep * of)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class HalvingRule:
         problem: objectives and limits.
         epochs: the rungs.
         ratios: predicts latencies.
-        keep: share that goes on, rounded up.
+        keep: share that goes on, rounded up; 1 stops nobody, whatever the limits.
         company: how many must have come to the rung before it stops anybody by comparison.
     """
 
@@ -121,16 +121,18 @@ class HalvingRule:
         ratios = self.ratios(trials, [*peers, trial])
         known: dict[str, float] = {} if ratios is None else {"latency_ratio": float(ratios[-1])}
         after = "before training" if rung.epochs == 0 else f"after epoch {rung.epochs}"
-        missed = self._missed(trials, rung, known.get("latency_ratio"))
+        missed = self._missed(trials, rung, known.get("latency_ratio")) if self.keep < 1 else ""
         if missed:
             return Verdict(True, f"{after}: {missed}", known)
         points = self._points(there, ratios)
         if points is None or len(there) < self.company:
             return Verdict(False, "", known)
-        place, places = order(points).index(len(peers)) + 1, math.ceil(self.keep * len(there))
+        place = order(points).index(len(peers)) + 1
         known |= {"place": float(place), "of": float(len(there))}
-        reason = f"{after}: place {place} of {len(there)}, the first {places} go on"
-        return Verdict(place > places, reason if place > places else "", known)
+        if goes_on(place, len(there), self.keep, self.company):
+            return Verdict(False, "", known)
+        last = math.ceil(self.keep * len(there))
+        return Verdict(True, f"{after}: place {place} of {len(there)}, the first {last} go on", known)
 
     def _points(
         self, figures: Sequence[Mapping[str, float]], ratios: NDArray[np.float64] | None
@@ -161,9 +163,9 @@ class HalvingRule:
             if name in SURE and name in facts and operator == "<=" and facts[name] > bound * (1 + SURE[name]):
                 said = "predicted " if name.startswith("latency") else ""
                 return f"{said}{name} {facts[name]:.4g}, the limit is {bound:g}"
-        allowed = self._allowed_loss(reference_of(base).metrics["map"].value)
-        least = self._least_loss(trials, rung, reference_of(base).metrics["map"].value)
-        if least > allowed:
+        base_map = reference_of(base).metrics["map"].value
+        allowed = self._allowed_loss(base_map)
+        if math.isfinite(allowed) and (least := self._least_loss(trials, rung, base_map)) > allowed:
             return f"loses {least:.1f} AP even at the best recovery seen, the limit is {allowed:g}"
         return ""
 

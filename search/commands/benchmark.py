@@ -22,6 +22,7 @@ from search.commands.options import (
     say,
 )
 from search.commands.replay import gather, replay_search
+from search.commands.rung_replay import replay_rungs
 
 benchmark = typer.Typer(help="Reproduce the published comparisons.", rich_markup_mode=None)
 
@@ -41,6 +42,7 @@ benchmark.command("built")(built)
 benchmark.command("finetune")(finetune)
 benchmark.command("gather")(gather)
 benchmark.command("search")(replay_search)
+benchmark.command("rungs")(replay_rungs)
 
 
 @benchmark.command("peers")

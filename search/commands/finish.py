@@ -88,10 +88,12 @@ def finish(
 
 def _stored_map(study: SearchStudy, number: int) -> float:
     """The mAP of a trial on select, as the study has it."""
-    from search.trials import evaluation_of
+    from search.trials import evaluation_of, is_stopped
     from spaces.errors import InputError
 
     trials = study.optuna.get_trials(deepcopy=False)
+    if number < len(trials) and is_stopped(trials[number]):
+        raise InputError("--trial", number, "was stopped early and has no model; choose one of the front")
     evaluation = evaluation_of(trials[number]) if number < len(trials) else None
     if evaluation is None or "map" not in evaluation.metrics:
         raise InputError("--trial", number, f"no finished trial of study {study.name}")

@@ -202,7 +202,7 @@ def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchPa
         trials=settings.search.trials,
     )
     ratios = PredictedRatios(SpaceTable(bench.space), study)
-    rungs = HalvingRule(study, settings.problem, settings.rungs, ratios) if settings.rungs else None
+    rule = HalvingRule(study, settings.problem, settings.rungs, ratios, keep=settings.search.keep)
     return SearchParts(
         distributions=bench.space.distributions(),
         to_recipe=bench.space.recipe,
@@ -213,7 +213,7 @@ def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchPa
         planner=strategy.planner,
         on_prepared=strategy.on_prepared,
         after_trial=after_trial,
-        rungs=rungs,
+        rungs=rule if settings.rungs else None,
     )
 
 

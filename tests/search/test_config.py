@@ -88,6 +88,7 @@ def test_the_configurations_of_the_project_are_read(file: Path) -> None:
         ({**LEAST, "problem": {"limits": {"max_beauty": 1}}}, "limits.max_beauty", "limit one of map"),
         ({**LEAST, "data": {"root": "x", "format": "voc"}}, "data.format", "'yolo'"),
         ({**LEAST, "search": {"rungs": [0, 1.0]}}, "search.rungs", "below 1"),
+        ({**LEAST, "search": {"keep": 0}}, "search.keep", "greater than 0"),
         ({**LEAST, "search": {"rungs": []}}, "search.rungs", "shares of the epochs"),
         ({"checkpoint": "x", "data": {"root": "x"}}, "model", "is missing"),
         ({"model": "x", "data": {"root": "x"}}, "checkpoint", "--checkpoint"),

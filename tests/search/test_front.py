@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from optuna.trial import create_trial
+from optuna.trial import TrialState, create_trial
 
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.ranking import Problem
+from search.commands.finish import _stored_map
 from search.front import FINAL, best_within, front_of, write_pictures
 from search.judge import ProblemJudge, gain_of_training_further, reference_of
 from search.study import SearchStudy
@@ -68,6 +69,24 @@ def test_the_front_is_what_nothing_dominates(study: SearchStudy) -> None:
     assert listed[1]["split"] == "/data/select.json"
     assert listed[1]["artifact"] is None  # nothing was written for these trials
     assert Recipe.model_validate(listed[1]["recipe"]).choices[0].site == "a"
+
+
+def test_stopped_trials_are_counted_and_left_out(study: SearchStudy) -> None:
+    for copied in ({}, {"duplicate_of": 5}):
+        study.optuna.add_trial(
+            create_trial(
+                state=TrialState.PRUNED,
+                params={"a": 0.75, "b": 0.0},
+                distributions=dict(PARTS.distributions),
+                user_attrs={"rung/0": {"map": 70.0}, **copied},
+                system_attrs={"paredown:uncounted": "repeat"} if copied else {},
+            )
+        )
+    front = front_of(study)
+    assert [row.number for row in front.rows] == [0, 1, 3, 4]
+    assert front.remarks == ["1 of 6 trials were stopped early at a rung and are not compared here"]
+    with pytest.raises(InputError, match="5: was stopped early and has no model"):
+        _stored_map(study, 5)
 
 
 def test_a_model_file_is_named_where_it_is_there(study: SearchStudy) -> None:

@@ -150,6 +150,15 @@ def test_facts_that_training_does_not_change_are_held_against_the_limits(study: 
     assert reason({"max_latency_ratio": 0.5}, 0.61).startswith("before training: predicted latency_ratio")
 
 
+def test_keeping_all_stops_nobody(study: SearchStudy) -> None:
+    for value in (40.0, 30.0, 20.0):
+        add(study, {0: value})
+    me = add(study, {})
+    watching = rule(study, limits={"max_size_mb": 1.0}, keep=1.0)
+    verdict = watching.verdict(study.optuna.get_trials(), me, one_shot(1.0, size_mb=9.0))
+    assert (verdict.stop, verdict.figures["place"]) == (False, 4.0)
+
+
 def test_a_loss_that_training_never_repaired_so_far(study: SearchStudy) -> None:
     # Lost at the rung 20, 30, 40, 25, 50; left at the end 5, 6, 12, 10, 30: shares .25, .2, .3, .4, .6.
     for at_rung_, final in ((40.0, 55.0), (30.0, 54.0), (20.0, 48.0), (35.0, 50.0), (10.0, 30.0)):

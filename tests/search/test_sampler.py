@@ -226,5 +226,8 @@ def test_running_trials_are_not_proposed_again() -> None:
     study.sampler = problem.sampler(1)
     running = [study.ask(problem.table.space.distributions()) for _ in range(4)]
     assert len({tuple(trial.params.values()) for trial in running}) == 4
+    study._storage.set_trial_state_values(
+        running[0]._trial_id, optuna.trial.TrialState.WAITING
+    )  # interrupted
     experience = ExperienceReader(problem.table).read(study.get_trials())
     assert (experience.pending == problem.table.options([t.params for t in running])).all()

@@ -116,6 +116,7 @@ def test_an_interrupted_trial_goes_on_after_its_last_rung(
 
 def test_a_checkpoint_of_something_else_is_not_used(worker: CandidateWorker, recipe: Recipe) -> None:
     interrupted(worker, job(recipe, 4, [1]), "rung 1")
+    assert interrupted(worker, job(recipe, 4, []), "teacher").next_stage == "fine-tune 2/3", "rungs or not"
     other = job(recipe, 4, [1]).model_copy(update={"seed": 6})
     assert interrupted(worker, other, "teacher").next_stage == "fine-tune 1/3"
     file: Path = worker.artifacts / "trial-00004" / CHECKPOINT
