@@ -26,6 +26,7 @@ from evaluators.torch_session import TorchSession
 from evaluators.training import EpochReport, TrainingPlan, train
 from spaces.detectors.base import Postprocess, postprocess_of
 from spaces.detectors.own import located
+from spaces.detectors.published import weights_file
 from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights, save_weights
 from spaces.errors import InputError
@@ -81,7 +82,8 @@ def train_baseline(
         config: what to train.
         output: the weights, `.safetensors`, stored in half precision; figures are of what was stored.
         folder: for the images' cache and the checkpoint that a second call goes on from.
-        start: weights to begin with.
+        start: weights to begin with, a file or a name that torchvision publishes; classes that they lack
+            begin with fresh ones.
         score_every: epochs between scores on select, 0 for none.
         say: takes one line at a time.
         device: that trains, as torch names it.
@@ -105,7 +107,7 @@ def train_baseline(
     torch.manual_seed(config.plan.seed)
     network = detector.build()
     if start is not None:
-        load_weights(network, start)
+        load_weights(network, weights_file(config.model, start), detector, splits["fit"].categories, True)
     network.to(device)
 
     def figures(role: str, network: nn.Module) -> dict[str, float]:

@@ -107,7 +107,7 @@ class Bench:
         self.detector: Detector = self.detector_at(config.size)
         self.postprocess = postprocess_of(self.detector, config.postprocess)
         self.base: nn.Module = self.detector.build()
-        load_weights(self.base, config.checkpoint)
+        load_weights(self.base, config.checkpoint, self.detector, self.categories)
         self.base.eval().requires_grad_(False)
         self._resized: dict[Size, Bench] = {}
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from evaluators.bench import BenchConfig
 from evaluators.ranking import Problem
 from spaces.detectors.own import located
+from spaces.detectors.published import weights_file
 from spaces.errors import InputError
 
 _LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
@@ -113,8 +114,11 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Searc
         document["model"] = located(document["model"], path.parent)
     document.setdefault("name", path.stem)
     changes = dict(overrides or {})
+    _spelled_checkpoint(document, path)
     if document.get("checkpoint", changes.get("checkpoint")) is None:
-        raise InputError(f"{path}: checkpoint", None, "name the weights file here or with --checkpoint FILE")
+        raise InputError(
+            f"{path}: checkpoint", None, "name the weights here or with --checkpoint: a file, or COCO_V1"
+        )
     if not document.get("data"):
         changes = {"data": {}, **changes}
     return changed_config(document, changes, str(path))
@@ -147,7 +151,7 @@ def parse_config(document: Mapping[str, Any], source: str) -> SearchConfig:
     return config.model_copy(
         update={
             "data": data,
-            "checkpoint": _absolute(config.checkpoint),
+            "checkpoint": _absolute(weights_file(config.model, config.checkpoint.expanduser())),
             "cache": _absolute(config.cache),
             "target": _absolute_target(config.target),
         }
@@ -207,6 +211,14 @@ def _resolve_target(document: dict[str, Any], folder: Path) -> None:
     beside = folder / Path(file).expanduser()
     if file and beside.is_file():
         document["target"] = f"{kind}:{beside}"
+
+
+def _spelled_checkpoint(document: dict[str, Any], path: Path) -> None:
+    """`weights: COCO_V1` says the same as `checkpoint: COCO_V1`."""
+    if "weights" in document:
+        if document.get("checkpoint") is not None:
+            raise InputError(f"{path}: weights", document["weights"], "there is a checkpoint, too; keep one")
+        document["checkpoint"] = document.pop("weights")
 
 
 def _absolute_target(target: str) -> str:

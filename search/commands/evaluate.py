@@ -122,7 +122,7 @@ def _base(
     engine = target_named(target)
     detector = make_detector(settings.model, len(split.categories), settings.size)
     network = detector.build()
-    load_weights(network, settings.checkpoint)
+    load_weights(network, settings.checkpoint, detector, split.categories)
     network.eval()
     rules = postprocess_of(detector, settings.postprocess)
     whole = WholeDetector(detector.simplified(network), detector, rules, split.categories)

@@ -54,7 +54,8 @@ def init(
     model: Annotated[str, typer.Option("--model", help="Detector, such as yolox_nano.", metavar="NAME")],
     data: Annotated[Path, typer.Option("--data", help="Folder of the data set.", metavar="DIR")],
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Weights of the base model.", metavar="FILE")
+        Path | None,
+        typer.Option("--checkpoint", help="Weights of the base: a file, or COCO_V1.", metavar="FILE"),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Default: MODEL_DATA.yaml here.", metavar="FILE")
@@ -64,6 +65,7 @@ def init(
     from evaluators.datasets.base import DataConfig, load_splits
     from evaluators.datasets.coco import annotation_files
     from spaces.activations import COSTLY
+    from spaces.detectors.published import weights_file
     from spaces.detectors.registry import make_detector
     from spaces.detectors.weights import load_weights
     from spaces.errors import InputError
@@ -81,8 +83,9 @@ def init(
     detector = make_detector(model, len(fit.categories))
     network = detector.build()
     if checkpoint is not None:
-        checkpoint = checkpoint.expanduser().absolute()
-        load_weights(network, checkpoint)
+        weights = weights_file(model, checkpoint.expanduser())
+        load_weights(network, weights, detector, fit.categories)
+        checkpoint = checkpoint if weights != checkpoint.expanduser() else weights.absolute()
     costly = any(type(module) in COSTLY for module in network.modules())
     names = [category.name for category in fit.categories]
     divided = splits["select"].source == fit.source and "[" in fit.name

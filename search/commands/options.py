@@ -23,7 +23,12 @@ Data = Annotated[
     Path | None, typer.Option("--data", help="Folder of the data set, COCO or YOLO layout.", metavar="DIR")
 ]
 Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", help="Weights of the base model.", metavar="FILE")
+    Path | None,
+    typer.Option(
+        "--checkpoint",
+        help="Weights of the base: a file, or torchvision's by name (COCO_V1).",
+        metavar="FILE",
+    ),
 ]
 Target = Annotated[
     str | None,

@@ -18,7 +18,9 @@ def train(
     folder: Annotated[Path, typer.Option("--folder", help="For the cache and the checkpoint.")] = Path(
         "runs/baselines"
     ),
-    start: Annotated[Path | None, typer.Option("--start", help="Weights to begin with.")] = None,
+    start: Annotated[
+        Path | None, typer.Option("--start", help="Weights to begin with: a file, or COCO_V1.")
+    ] = None,
     score_every: Annotated[
         int, typer.Option("--score-every", min=0, help="Epochs between scores on select, 0 for none.")
     ] = 10,

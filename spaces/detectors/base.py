@@ -76,8 +76,8 @@ class Detector(Protocol):
     - `postprocess: Postprocess`, what the family's scores ask for; `Postprocess()` where it is missing. A
       configuration's own wins.
     - `class_layers() -> Mapping[str, tuple[int, int]]`, the layers whose output channels are
-      `(outer, classes, inner)` in that order, background first among the classes, by name, with outer and
-      inner. The classes of a data set can then be taken out of weights that were trained on more.
+      `(outer, classes, inner)` in that order, background first among the classes where there is one, by
+      name, with outer and inner. The classes of a data set are then taken out of weights trained on more.
     """
 
     name: str

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,22 +13,46 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from spaces.detectors.base import Category, Detector
+from spaces.detectors.classes import with_classes_of
 from spaces.errors import InputError
 
 _WRAPPERS = ("ema", "model", "state_dict")  # keys under which training programs keep the state_dict
 
 
-def load_weights(network: nn.Module, path: Path) -> None:
+def load_weights(
+    network: nn.Module,
+    path: Path,
+    detector: Detector | None = None,
+    categories: Sequence[Category] = (),
+    start: bool = False,
+) -> None:
     """Put the weights of a file into `network`, all of them or none.
 
     Reads `.safetensors`, and PyTorch files (`.pth`, `.pt`, with `weights_only=True`) that hold a state_dict,
-    bare or under `ema`, `model` or `state_dict`. Half-precision weights become those of the network.
+    bare or under `ema`, `model` or `state_dict`. Half-precision weights become those of the network, and
+    names of older versions of torchvision those of today.
+
+    Args:
+        network: takes the weights.
+        path: of the file.
+        detector: of the network. With it, files that were trained on more classes give those of the
+            categories, see `spaces.detectors.classes`.
+        categories: of the data set, in the order of the network's classes.
+        start: training begins with these weights, so that classes which they lack may stay as they are.
 
     Raises:
         InputError: the file is missing, damaged, holds more than tensors, or does not fit the network.
     """
     weights = _read(path)
     expected = network.state_dict()
+    if weights.keys() - expected.keys():
+        weights = _with_new_names(network, weights)
+    if detector is not None:
+        try:
+            weights = with_classes_of(weights, expected, detector, categories, start)
+        except InputError as error:
+            raise InputError(error.field, str(path), error.remedy) from None
     missing = sorted(k for k in expected.keys() - weights.keys() if not k.endswith("num_batches_tracked"))
     unknown = sorted(weights.keys() - expected.keys())
     if missing or unknown:
@@ -80,6 +105,22 @@ def _read(path: Path) -> dict[str, Tensor]:
             "checkpoint", str(path), f"holds no state_dict, bare or under {', '.join(_WRAPPERS)}"
         )
     return dict(content)
+
+
+def _with_new_names(network: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As modules of torchvision rename what older versions wrote; unchanged if that does not help."""
+    draft = copy.deepcopy(network)
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    fitting = {key: value for key, value in weights.items() if shapes.get(key, value.shape) == value.shape}
+    try:
+        result = draft.load_state_dict(fitting, strict=False)
+    except RuntimeError:
+        return weights
+    if result.unexpected_keys:
+        return weights
+    kept = {key: value for key, value in weights.items() if key in shapes}
+    absent = {*result.missing_keys, *kept}
+    return kept | {key: value for key, value in draft.state_dict().items() if key not in absent}
 
 
 def _mismatch(others: list[str], weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -103,6 +103,10 @@ class YoloX:
         scores = raw[:, 4:5].sigmoid() * raw[:, 5:].sigmoid()
         return boxes.transpose(1, 2), scores.transpose(1, 2)
 
+    def class_layers(self) -> dict[str, tuple[int, int]]:
+        """The class predictors, without background; see `Detector`."""
+        return {f"head.cls_preds.{level}": (1, 1) for level in range(len(self._levels))}
+
     def simplified(self, network: nn.Module) -> nn.Module:
         """BatchNorm folded, the focus stem as one convolution; see `yolox_network.simplified`."""
         return yolox_network.simplified(network)

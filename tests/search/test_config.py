@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from search.config import SearchConfig, load_config, parse_config, read_limits
@@ -45,6 +46,20 @@ def test_a_folder_called_like_annotations_does_not_take_their_place(tmp_path: Pa
     (tmp_path / "train").mkdir()
     config = load_config(write(tmp_path, {**LEAST, "data": {"root": "images", "fit": "train"}}))
     assert config.data.fit == "train"
+
+
+def test_weights_by_name_are_those_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's cache, where this file is put that nobody reads here."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = tmp_path / "checkpoints" / "ssdlite320_mobilenet_v3_large_coco-a79551df.pth"
+    file.parent.mkdir()
+    file.touch()
+    plain = {"model": "ssdlite320_mobilenet_v3_large", "data": {"root": "images"}}
+    for field in ("weights", "checkpoint"):
+        config = load_config(write(tmp_path, {**plain, field: "COCO_V1"}))
+        assert config.checkpoint == file
+        assert load_config(write(tmp_path, {**plain, field: "COCO_V1"}), {"checkpoint": "w.pth"}) != config
+    assert load_config(write(tmp_path, plain), {"checkpoint": "COCO_V1"}).checkpoint == file
 
 
 def test_the_command_line_wins(tmp_path: Path) -> None:
@@ -92,6 +107,8 @@ def test_the_configurations_of_the_project_are_read(file: Path) -> None:
         ({**LEAST, "search": {"rungs": []}}, "search.rungs", "shares of the epochs"),
         ({"checkpoint": "x", "data": {"root": "x"}}, "model", "is missing"),
         ({"model": "x", "data": {"root": "x"}}, "checkpoint", "--checkpoint"),
+        ({**LEAST, "weights": "COCO_V1"}, "weights", "there is a checkpoint, too"),
+        ({**LEAST, "checkpoint": "COCO_V1"}, "checkpoint", "publishes none for yolox_nano"),
         ("- a\n- b\n", "config", "must hold fields"),
         ("a: [1, 2\nb: 3\n", "config", "is no YAML (line 2)"),
     ],
