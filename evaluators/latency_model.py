@@ -106,7 +106,8 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
     For each bit-width: multiplications of dense layers and of depthwise ones in whole vector blocks, and
     elements written, by each factor of a factorised layer; where the space replaces activation functions,
     elements that a costly one takes as well. Where it may make the input smaller, pixels of the input. Then
-    elements that cross from one bit-width to another (casts and Q/DQ), and 1.
+    elements that cross from one bit-width to another (casts and Q/DQ); where the space lowers the number of
+    proposals, the share of them that is cut out of the pyramid; and 1.
     """
     before = np.roll(shapes.bits, 1, axis=1)
     before[:, 0] = shapes.bits[:, 0]
@@ -152,6 +153,8 @@ def _terms(
     eight = (shapes.bits == 8) != (before == 8)
     yield read * eight
     yield read * ((shapes.bits != before) & ~eight)
+    if table.proposes:
+        yield table.crops[layers] * positions / base.positions[0, layers]
 
 
 def _filled(outputs: NDArray[np.float64]) -> NDArray[np.float64]:

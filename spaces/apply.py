@@ -17,6 +17,7 @@ from spaces.methods.activate import replace_activations
 from spaces.methods.base import Draft, Statistics
 from spaces.methods.drop import drop_blocks
 from spaces.methods.factorize import replace_layers
+from spaces.methods.proposals import set_proposals
 from spaces.methods.registry import METHODS
 from spaces.recipe import Codebook, Quantize, Recipe
 from spaces.sites import Sites
@@ -75,6 +76,7 @@ def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
         "bits": draft.bits,
         "codebooks": draft.codebooks,
         "size": draft.size,
+        "proposals": draft.proposals,
     }
     save_weights(draft.network, directory / STATE_FILE)
     temporary = directory / (PLAN_FILE + ".tmp")
@@ -109,11 +111,14 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     replace_activations(network, activations)
     dropped = tuple(plan.get("dropped", ()))
     drop_blocks(network, dropped)
+    proposals = {name: int(count) for name, count in plan.get("proposals", {}).items()}
+    set_proposals(network, proposals)
     load_weights(network, directory / STATE_FILE)
     bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
     codebooks = {name: int(entries) for name, entries in plan.get("codebooks", {}).items()}
     size = tuple(plan["size"]) if plan.get("size") else None
-    return recipe, Draft(network, channels, bits, activations, dropped, factors, codebooks, size)
+    draft = Draft(network, channels, bits, activations, dropped, factors, codebooks, size, proposals)
+    return recipe, draft
 
 
 def _indices(values: list[int] | None) -> tuple[int, ...] | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from spaces.layers import LayerFacts
 from spaces.methods.prune import kept_channels
 from spaces.ranks import layer_ranks
-from spaces.recipe import Codebook, Drop, Factorize, Prune, Quantize, Recipe, Resize
+from spaces.recipe import Codebook, Drop, Factorize, Proposals, Prune, Quantize, Recipe, Resize
 from spaces.sites import Sites
 
 
@@ -71,4 +71,8 @@ def total_macs(recipe: Recipe, sites: Sites) -> int:
         for name in sites.layer[site].layers:
             ranks = layer_ranks(layers[name], *widths[name], choice.rank_ratio, choice.multiple)
             macs[name] = macs[name] if ranks is None else ranks[2]
+    for site, fewer in recipe.of_kind(Proposals).items():
+        regions = sites.proposals[site]
+        for name in regions.layers:
+            macs[name] = macs[name] * regions.kept(fewer.share) // regions.count
     return sum(macs.values())

@@ -90,8 +90,16 @@ class Resize(_Frozen):
         return self.height, self.width
 
 
-AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook | Resize
-T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook, Resize)
+class Proposals(_Frozen):
+    """Let a second stage look at the best regions only."""
+
+    kind: Literal["proposals"] = "proposals"
+    site: str
+    share: float = Field(gt=0.0, le=1.0, description="share of the base's number of proposals that is left")
+
+
+AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook | Resize | Proposals
+T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook, Resize, Proposals)
 Choice = Annotated[AnyChoice, Field(discriminator="kind")]
 
 
@@ -160,6 +168,8 @@ def is_identity(choice: AnyChoice) -> bool:
             return choice.function == "own"
         case Codebook():
             return choice.entries == 0
+        case Proposals():
+            return choice.share == 1.0
         case Drop():
             return not choice.dropped
         case Resize():

@@ -17,6 +17,7 @@ from spaces.detectors.base import Detector
 from spaces.inputs import InputSite, Size, input_site
 from spaces.layers import LayerFacts, trace_layers
 from spaces.norms import NORMS, TRACED_NORMS, in_whole_groups
+from spaces.proposals import ProposalSite, proposal_sites
 from spaces.residual import ResidualSite, residual_sites
 from spaces.slicing import channels_left, slice_layers
 
@@ -77,6 +78,7 @@ class Sites:
     activation: Mapping[str, ActivationSite] = field(default_factory=dict)
     residual: Mapping[str, ResidualSite] = field(default_factory=dict)
     input: InputSite | None = None
+    proposals: Mapping[str, ProposalSite] = field(default_factory=dict)
 
     def widths(self, kept: Mapping[str, int], dropped: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
         """Input and output channels of every layer when `kept` channels are left, by site (others: all).
@@ -110,7 +112,7 @@ def find_sites(
     layers left out. They carry the name of the first layer that produces their channels. Layer sites are
     one layer each, a depthwise convolution joined to the layer that reads it; where that makes more than
     `max_sites` sites of both kinds, the layers of one parent module are joined. Activation sites are stages,
-    residual sites single blocks. Where `resized` makes the detector for another size, its input is one, too.
+    residual sites single blocks, proposal sites second stages. Where `resized` makes the detector for another size, its input is one, too.
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
@@ -125,6 +127,7 @@ def find_sites(
         activation_sites(detector, network, facts),
         residual_sites(detector, network, facts),
         input_site(detector.preprocess.size, facts, network, resized) if resized else None,
+        proposal_sites(network, facts),
     )
 
 

@@ -23,6 +23,7 @@ from spaces.recipe import (
     Codebook,
     Drop,
     Factorize,
+    Proposals,
     Prune,
     Quantize,
     Recipe,
@@ -41,6 +42,7 @@ LABELS = {
     "drop": "block",
     "codebook": "codebook",
     "resize": "size",
+    "proposals": "proposals",
 }
 JOINED = ("prune", "quantize", "factorize", "codebook")
 """Kinds that `granularity` joins; sites of the others are blocks, stages or the input as they are."""
@@ -58,7 +60,7 @@ class Parameter:
     Attributes:
         name: what the dashboard shows, such as `sparsity backbone.C3_p3.conv1`.
         kind: the kind of choice.
-        values: sparsities, bit-widths, rank ratios or names; the first one changes nothing.
+        values: sparsities, bit-widths, rank ratios, shares or names; the first one changes nothing.
         choices: for each value, the choice at each site.
     """
 
@@ -312,3 +314,5 @@ def _value(choice: Choice, sites: Sites) -> Value:
         case Resize():
             assert sites.input is not None
             return shown_size(sites.input.size if is_identity(choice) else choice.size)
+        case Proposals():
+            return choice.share

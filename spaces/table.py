@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spaces.activations import SAVED
 from spaces.methods.prune import kept_channels
 from spaces.ranks import Geometry, Part
-from spaces.recipe import Activate, Drop, Factorize, Prune, Quantize, Resize, is_identity
+from spaces.recipe import Activate, Drop, Factorize, Proposals, Prune, Quantize, Resize, is_identity
 from spaces.space import SearchSpace, Value
 
 Options = NDArray[np.int64]
@@ -30,7 +30,7 @@ class Shapes:
         costly: `(N, L)` cost of the activation function behind the layer over that of a costly one, 0..1.
         rank_in, rank_out: `(N, L)` channels behind the first factor of a factorised layer and before its
             last one; 0 where it is whole.
-        positions, read: `(N, L)` height x width of what the layer produces and reads.
+        positions, read: `(N, L)` height x width of what the layer produces and reads, of all proposals.
     """
 
     inputs: NDArray[np.float64]
@@ -96,6 +96,7 @@ class SpaceTable:
         self._saved = np.zeros((len(self.names), most, layers))
         self._dropped = np.zeros((len(self.names), most, layers))
         self._size = np.zeros((len(self.names), most), np.int64)
+        self._fewer = np.zeros((len(self.names), most, layers))  # 1 - share of the proposals
         self._costly = np.zeros(layers)
         for stage in sites.activation.values():
             self._costly[[place[layer] for layer in stage.layers]] = 1.0
@@ -129,9 +130,21 @@ class SpaceTable:
                             self._dropped[p, o, inside] = float(choice.dropped)
                         case Resize() if not is_identity(choice):
                             self._size[p, o] = self._places[choice.size]
+                        case Proposals():
+                            seen = sites.proposals[choice.site]
+                            on_them = [place[layer] for layer in seen.layers]
+                            self._fewer[p, o, on_them] = 1 - seen.kept(choice.share) / seen.count
         self._sets_bits = (self._bits != 32).any(axis=1)
         # What adds up over parameters; a layer's rank is chosen by one parameter alone.
-        self._summed = (self._lost_in, self._lost_out, self._low_rank, self._saved, self._dropped)
+        self._summed = [self._lost_in, self._lost_out, self._low_rank, self._saved, self._dropped]
+        self.proposes = bool(self._fewer.any())
+        """True where the space may lower the number of proposals."""
+        if self.proposes:
+            self._summed.append(self._fewer)
+        self.crops = np.zeros(layers)
+        for seen in sites.proposals.values():
+            self.crops[place[seen.layers[0]]] = 1.0
+        """1 for the layers that read what was cut out of the pyramid for every proposal."""
         self.activates = bool(self._saved.any())
         """True where the space may replace activation functions."""
         self.factorizes = bool(self._low_rank.any())
@@ -222,7 +235,9 @@ class SpaceTable:
         positions, read = (
             (v[size] if layers is None else v[size, layers]) for v in (self._positions, self._read)
         )
-        lost_in, lost_out, low_rank, saved, dropped = summed
+        lost_in, lost_out, low_rank, saved, dropped, *fewer = summed
+        if fewer:
+            positions, read = positions * (1 - fewer[0]), read * (1 - fewer[0])
         left = dropped < 0.5
         outputs = (self._base_out[at] - lost_out) * left
         inputs = np.where(self.depthwise[at], outputs, (self._base_in[at] - lost_in) * left)

@@ -31,6 +31,7 @@ class Draft:
         factors: how layers were factorised.
         codebooks: numbers of values that weights are stored in, by layer.
         size: height and width of the input in pixels where it is not the study's.
+        proposals: regions that second stages look at, by module.
     """
 
     network: nn.Module
@@ -41,6 +42,7 @@ class Draft:
     factors: dict[str, Factored] = field(default_factory=dict)
     codebooks: dict[str, int] = field(default_factory=dict)
     size: tuple[int, int] | None = None
+    proposals: dict[str, int] = field(default_factory=dict)
 
     @property
     def changed_modules(self) -> frozenset[str]:
@@ -49,7 +51,7 @@ class Draft:
 
     @property
     def changed(self) -> bool:
-        """True where more than bit-widths differs from the base: such a network has to be trained."""
+        """True where the network has to be trained; bit-widths and fewer proposals leave its weights good."""
         return bool(self.channels or self.factors or self.activations or self.dropped or self.size)
 
 

@@ -7,6 +7,7 @@ from spaces.methods.base import Method
 from spaces.methods.codebook import Codebooks
 from spaces.methods.drop import Dropping
 from spaces.methods.factorize import Factorization
+from spaces.methods.proposals import ProposalCount
 from spaces.methods.prune import Pruning
 from spaces.methods.quantize import Quantization
 from spaces.methods.resize import Resizing
@@ -19,4 +20,5 @@ METHODS: dict[str, Method] = {
     "codebook": Codebooks(),
     "drop": Dropping(),
     "resize": Resizing(),
+    "proposals": ProposalCount(),
 }

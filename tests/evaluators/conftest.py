@@ -62,14 +62,13 @@ def make_worker(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> C
     def make(**fields: Any) -> CandidateWorker:
         folder = tmp_path_factory.mktemp("study")
         fields.setdefault("finetune", FineTunePlan(epochs=1, batch_size=5, mirror=False))
+        model = {"model": "yolox_digits", "checkpoint": WEIGHTS}
         config = BenchConfig(
-            model="yolox_digits",
-            checkpoint=WEIGHTS,
             data=DataConfig(root=few_digits, format="coco"),
             latency=LatencyConfig(images=4, min_rounds=8, max_rounds=16, time_limit_s=0.5),
             calibration_images=4,
             cache=folder / "cache",
-            **fields,
+            **(model | fields),
         )
         worker = CandidateWorker(config, folder / "artifacts")
         worker.bench.slot = QuietSlot(folder / "slot")  # so that studies on this machine are not held up
