@@ -101,7 +101,7 @@ def train_baseline(
     detector = make_detector(config.model, len(splits["fit"].categories), config.size)
     look, rules = detector.preprocess, postprocess_of(detector, config.postprocess)
     images = {
-        role: LetterboxedImages.build(split, look.size, look.pad_value, folder / "cache")
+        role: LetterboxedImages.build(split, look.size, look.pad_value, folder / "cache", fit=look.fit)
         for role, split in splits.items()
     }
     torch.manual_seed(config.plan.seed)

@@ -154,8 +154,8 @@ class Bench:
 
     def images(self, split: DetectionSplit) -> LetterboxedImages:
         """The letterboxed images of a split, memory-mapped; made on first use."""
-        preprocess = self.detector.preprocess
-        return LetterboxedImages.build(split, preprocess.size, preprocess.pad_value, self.config.cache)
+        look, cache = self.detector.preprocess, self.config.cache
+        return LetterboxedImages.build(split, look.size, look.pad_value, cache, fit=look.fit)
 
     @cached_property
     def fit(self) -> LetterboxedImages:
@@ -229,7 +229,8 @@ class Bench:
     @property
     def _sides(self) -> str:
         """Of the input: one of a square, else height and width."""
-        return "x".join(map(str, dict.fromkeys(self.detector.preprocess.size)))
+        look = self.detector.preprocess
+        return "x".join(map(str, dict.fromkeys(look.size))) + ("-stretch" if look.fit == "stretch" else "")
 
     @cached_property
     def statistics(self) -> dict[str, Tensor]:
@@ -320,10 +321,10 @@ class Bench:
 
     def fingerprint(self) -> dict[str, Any]:
         """What figures of this bench depend on; results under another one are not comparable."""
-        config = self.config
+        config, look = self.config, self.detector.preprocess
         return {
             "detector": self.detector.name,
-            "input size": "x".join(map(str, self.detector.preprocess.size)),
+            "input size": "x".join(map(str, look.size)) + (" stretched" if look.fit == "stretch" else ""),
             "base weights": self.weights_hash,
             **{f"data {role}": split.fingerprint()[:12] for role, split in self.splits.items()},
             "space": ", ".join(config.space.methods)

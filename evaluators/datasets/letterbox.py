@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,32 +24,38 @@ from spaces.errors import InputError
 Progress = Callable[[int, int], None]
 """Called with images done and images in all."""
 
-_CACHE_VERSION = 1
+Fit = Literal["letterbox", "stretch"]
+"""How images are brought to the size of the input; see `Preprocess`."""
+
+_CACHE_VERSION = 2
 
 
 def letterbox(
-    image: NDArray[np.uint8], size: tuple[int, int], pad_value: int
-) -> tuple[NDArray[np.uint8], float]:
+    image: NDArray[np.uint8], size: tuple[int, int], pad_value: int, fit: Fit = "letterbox"
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """Scale an image to fit, keeping its aspect, and place it at the top left.
 
     Args:
         image: `(h, w, 3)` uint8.
         size: height and width of the result in pixels; smaller images are enlarged.
         pad_value: fills what is left at the bottom or on the right.
+        fit: `stretch` scales each side by itself, so that nothing is left to fill.
 
     Returns:
-        Pixels `(H, W, 3)` uint8, and the scale: a point of the image times the scale is its place in the
-        result (up to half a pixel, since the scaled size is rounded to whole pixels).
+        Pixels `(H, W, 3)` uint8, and the scales `(2,)` of x and y: a point of the image times them is its
+        place in the result (up to half a pixel, since the scaled size is rounded to whole pixels).
     """
     (height, width), (h, w) = size, image.shape[:2]
-    scale = min(height / h, width / w)
-    fitted_h, fitted_w = (max(1, min(height, round(h * scale))), max(1, min(width, round(w * scale))))
+    down, across = height / h, width / w
+    if fit == "letterbox":
+        down = across = min(down, across)
+    fitted_h, fitted_w = (max(1, min(height, round(h * down))), max(1, min(width, round(w * across))))
     if (fitted_h, fitted_w) != (h, w):
         resized = Image.fromarray(image).resize((fitted_w, fitted_h), Image.Resampling.BILINEAR)
         image = np.asarray(resized)
     canvas = np.full((height, width, 3), pad_value, dtype=np.uint8)
     canvas[:fitted_h, :fitted_w] = image
-    return canvas, scale
+    return canvas, np.array((across, down))
 
 
 def network_input(pixels: NDArray[np.uint8], preprocess: Preprocess) -> NDArray[np.float32]:
@@ -70,7 +76,7 @@ class LetterboxedImages:
 
     Attributes:
         pixels: `(N, H, W, 3)` uint8 RGB, a read-only memory map.
-        scales: `(N,)` float64, letterboxed pixels per original pixel.
+        scales: `(N, 2)` float64, letterboxed pixels per original pixel, along x and y.
         image_ids: `(N,)` int64, in the order of `split.images`.
         split: where the images come from.
     """
@@ -94,6 +100,7 @@ class LetterboxedImages:
         pad_value: int,
         directory: Path,
         progress: Progress | None = None,
+        fit: Fit = "letterbox",
     ) -> LetterboxedImages:
         """Open the cache of a split under `directory`, making it first where it is missing.
 
@@ -104,12 +111,12 @@ class LetterboxedImages:
             InputError: an image cannot be decoded, its size is not what the annotations say, or the disk
                 is too full.
         """
-        folder = directory / _key(split, size, pad_value)
+        folder = directory / _key(split, size, pad_value, fit)
         if not folder.is_dir():
             directory.mkdir(parents=True, exist_ok=True)
             with _lock(folder.with_suffix(".lock")):
                 if not folder.is_dir():
-                    _fill(folder, split, size, pad_value, progress)
+                    _fill(folder, split, size, pad_value, progress, fit)
         return cls(split, folder)
 
     def __len__(self) -> int:
@@ -117,12 +124,12 @@ class LetterboxedImages:
 
     def labels(self, index: int) -> Labels:
         """What a network should find in image `index`; crowd regions are left out."""
-        image, scale = self.split.images[index], float(self.scales[index])
+        image, scale = self.split.images[index], torch.from_numpy(self.scales[index]).float()
         objects = [one for one in self._annotations[image.id] if not one["iscrowd"]]
         boxes = [clipped(one["bbox"], image.width, image.height) for one in objects]
         classes = [self._position[one["category_id"]] for one in objects]
         return Labels(
-            boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) * scale,
+            boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) * scale.repeat(2),
             classes=torch.tensor(classes, dtype=torch.int64),
         )
 
@@ -163,9 +170,9 @@ def decode(image: ImageRecord) -> NDArray[np.uint8]:
     return pixels
 
 
-def _key(split: DetectionSplit, size: tuple[int, int], pad_value: int) -> str:
+def _key(split: DetectionSplit, size: tuple[int, int], pad_value: int, fit: Fit) -> str:
     """Names a cache by all that its content depends on, the files' lengths and times included."""
-    digest = hashlib.sha256(f"{_CACHE_VERSION} {split.fingerprint()} {size} {pad_value}".encode())
+    digest = hashlib.sha256(f"{_CACHE_VERSION} {split.fingerprint()} {size} {pad_value} {fit}".encode())
     for image in split.images:
         stat = image.path.stat()
         digest.update(f"{image.id} {image.path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -174,7 +181,12 @@ def _key(split: DetectionSplit, size: tuple[int, int], pad_value: int) -> str:
 
 
 def _fill(
-    folder: Path, split: DetectionSplit, size: tuple[int, int], pad_value: int, progress: Progress | None
+    folder: Path,
+    split: DetectionSplit,
+    size: tuple[int, int],
+    pad_value: int,
+    progress: Progress | None,
+    fit: Fit,
 ) -> None:
     draft = folder.with_suffix(".part")
     shutil.rmtree(draft, ignore_errors=True)  # of a builder that was killed: we hold the lock
@@ -187,9 +199,9 @@ def _fill(
                 "cache", str(folder.parent), f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
             )
         pixels = np.lib.format.open_memmap(draft / "pixels.npy", mode="w+", dtype=np.uint8, shape=shape)
-        scales = np.empty(len(split.images), dtype=np.float64)
+        scales = np.empty((len(split.images), 2), dtype=np.float64)
         for index, image in enumerate(split.images):
-            pixels[index], scales[index] = letterbox(decode(image), size, pad_value)
+            pixels[index], scales[index] = letterbox(decode(image), size, pad_value, fit)
             if progress is not None:
                 progress(index + 1, len(split.images))
         pixels.flush()

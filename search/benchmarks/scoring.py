@@ -117,7 +117,7 @@ def _pass(
         marks = [clock()]
         pixels = decode(image)
         marks.append(clock())
-        boxed, scale = letterbox(pixels, look.size, look.pad_value)
+        boxed, scale = letterbox(pixels, look.size, look.pad_value, look.fit)
         marks.append(clock())
         array = network_input(boxed[None], look)
         marks.append(clock())

@@ -156,7 +156,7 @@ def _measured(settings: SearchConfig, subject: Subject, split: DetectionSplit) -
     from evaluators.targets.base import Predicting
 
     look, session = subject.preprocess, subject.session
-    images = LetterboxedImages.build(split, look.size, look.pad_value, settings.cache)
+    images = LetterboxedImages.build(split, look.size, look.pad_value, settings.cache, fit=look.fit)
     slot = QuietSlot()
     with slot.computing():
         figures, _ = score_session(session, split, images, look)

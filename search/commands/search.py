@@ -149,7 +149,7 @@ def prepared_bench(settings: SearchConfig) -> Bench:
         split = bench.splits[role]
         say(f"{role}: {len(split.images)} images of {split.source}")
         look = bench.detector.preprocess
-        LetterboxedImages.build(split, look.size, look.pad_value, settings.cache, _images_done)
+        LetterboxedImages.build(split, look.size, look.pad_value, settings.cache, _images_done, look.fit)
     return bench
 
 

@@ -36,8 +36,9 @@ class Labels:
 class Preprocess(BaseModel):
     """From a decoded image to the network's input.
 
-    The image is scaled to fit `size` keeping its aspect (bilinear), placed at the top left, the rest
-    filled with `pad_value`; channels are ordered as said; then `x = (pixel * scale - mean) / std`.
+    The image is scaled to fit `size` (bilinear): keeping its aspect (`letterbox`), placed at the top left,
+    the rest filled with `pad_value`, or each side by itself (`stretch`). Channels are ordered as said; then
+    `x = (pixel * scale - mean) / std`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +49,7 @@ class Preprocess(BaseModel):
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     pad_value: int = 114
+    fit: Literal["letterbox", "stretch"] = "letterbox"
 
 
 class Postprocess(BaseModel):

@@ -24,7 +24,7 @@ _SMALLEST = 64  # pixels
 
 
 class _Ssd(ABC):
-    """What both have in common.
+    """What both have in common. Images are stretched to the input, as torchvision's weights have seen them.
 
     Raw outputs are class logits `(N, A, 1 + C)`, background first, and box codes `(N, A, 4)`; A counts the
     default boxes of all levels, finest first.
@@ -147,7 +147,7 @@ class SsdLite(_Ssd):
     ) -> None:
         self._scales = scales
         half = (0.5, 0.5, 0.5)
-        look = Preprocess(size=size, scale=SCALE, mean=half, std=half)
+        look = Preprocess(size=size, scale=SCALE, mean=half, std=half, fit="stretch")
         super().__init__(name, num_classes, look, Postprocess(score_threshold=0.001, nms_iou=0.55))
 
     def _model(self) -> Any:
@@ -197,7 +197,8 @@ class Ssd300(_Ssd):
     _predictor = ""
 
     def __init__(self, name: str, num_classes: int, size: tuple[int, int]) -> None:
-        look = Preprocess(size=size, scale=SCALE, mean=(0.48235, 0.45882, 0.40784), std=(SCALE, SCALE, SCALE))
+        mean, unit = (0.48235, 0.45882, 0.40784), (SCALE, SCALE, SCALE)
+        look = Preprocess(size=size, scale=SCALE, mean=mean, std=unit, fit="stretch")
         super().__init__(name, num_classes, look, Postprocess(score_threshold=0.01, nms_iou=0.45))
 
     def _model(self) -> Any:

@@ -102,8 +102,8 @@ def test_detections_that_do_not_belong_are_refused() -> None:
 
 
 def test_boxes_go_back_to_the_original() -> None:
-    back = to_original(found((3, [-1, 10, 20, 40], 0.5)), 0.5)
-    np.testing.assert_allclose(back.boxes, [[-2, 20, 40, 80]])
+    back = to_original(found((3, [-1, 10, 20, 40], 0.5)), np.array([0.5, 0.25]))
+    np.testing.assert_allclose(back.boxes, [[-2, 40, 40, 160]])
     assert back.boxes.dtype == np.float32
 
 

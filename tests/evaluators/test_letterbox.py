@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from evaluators.datasets.letterbox import LetterboxedImages, letterbox, network_input
@@ -37,10 +38,17 @@ def split_of(folder: Path, *sizes: tuple[int, int]) -> DetectionSplit:
     return checked_split("fit", "train", folder / "train.json", images, categories, annotations)
 
 
+def same(scale: NDArray[np.float64]) -> float:
+    """The scale of both axes."""
+    assert scale[0] == scale[1]
+    return float(scale[0])
+
+
 @pytest.mark.parametrize("shape", [(30, 40), (40, 30), (100, 7), (7, 100), (3, 333), (64, 96), (1, 1)])
 def test_the_image_fits_at_the_top_left_and_keeps_its_aspect(shape: tuple[int, int]) -> None:
     pixels, scale = letterbox(np.full((*shape, 3), 200, dtype=np.uint8), (64, 96), 114)
     assert pixels.shape == (64, 96, 3)
+    scale = same(scale)
     assert scale == min(64 / shape[0], 96 / shape[1])
     filled = (pixels == 200).all(axis=2)
     rows, columns = int(filled.any(axis=1).sum()), int(filled.any(axis=0).sum())
@@ -53,7 +61,7 @@ def test_the_image_fits_at_the_top_left_and_keeps_its_aspect(shape: tuple[int, i
 def test_an_image_of_the_right_size_is_left_as_it_is() -> None:
     image = RANDOM.randint(0, 256, (64, 50, 3)).astype(np.uint8)
     pixels, scale = letterbox(image, (64, 96), 0)
-    assert scale == 1.0
+    assert same(scale) == 1.0
     np.testing.assert_array_equal(pixels[:, :50], image)
 
 
@@ -64,7 +72,25 @@ def test_a_mark_lands_where_the_scale_says() -> None:
     rows = np.flatnonzero((pixels[..., 0] > 127).any(axis=1))
     columns = np.flatnonzero((pixels[..., 0] > 127).any(axis=0))
     seen = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    np.testing.assert_allclose(seen / scale, [210, 120, 270, 160], atol=1 / scale)
+    np.testing.assert_allclose(seen / np.tile(scale, 2), [210, 120, 270, 160], atol=1 / same(scale))
+
+
+def test_a_stretched_image_fills_the_input(tmp_path: Path) -> None:
+    image = np.zeros((200, 300, 3), dtype=np.uint8)
+    image[120:160, 210:270] = 255
+    pixels, scale = letterbox(image, (60, 150), 114, "stretch")
+    assert scale.tolist() == [0.5, 0.3]  # x, y
+    assert not (pixels == 114).all(axis=2).any()
+    rows = np.flatnonzero((pixels[..., 0] > 127).any(axis=1))
+    columns = np.flatnonzero((pixels[..., 0] > 127).any(axis=0))
+    assert [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] == [105, 36, 135, 48]
+    split = split_of(tmp_path, (40, 30))
+    plain = LetterboxedImages.build(split, (32, 32), 0, tmp_path / "cache")
+    stretched = LetterboxedImages.build(split, (32, 32), 0, tmp_path / "cache", fit="stretch")
+    height, width = split.images[0].height, split.images[0].width
+    boxes = [images.labels(0).boxes.numpy() / np.tile(images.scales[0], 2) for images in (plain, stretched)]
+    np.testing.assert_allclose(boxes[0], boxes[1], rtol=1e-6)
+    assert stretched.scales[0].tolist() == [32 / width, 32 / height]
 
 
 def test_network_input_is_ordered_scaled_and_normalised() -> None:
@@ -90,7 +116,7 @@ def test_the_cache_holds_what_letterbox_makes(tmp_path: Path) -> None:
     for index, image in enumerate(split.images):
         expected, scale = letterbox(np.asarray(Image.open(image.path)), (32, 32), 7)
         np.testing.assert_array_equal(images.pixels[index], expected)
-        assert images.scales[index] == scale
+        np.testing.assert_array_equal(images.scales[index], scale)
     with pytest.raises(ValueError, match="read-only"):
         images.pixels[0] = 0
 
