@@ -12,6 +12,9 @@ from torchvision.models.detection import FCOS_ResNet50_FPN_Weights
 from spaces.detectors.base import Category, Detector
 from spaces.errors import InputError
 
+_GAP = "N/A"
+"""What torchvision calls the ids that COCO does not use."""
+
 
 def with_classes_of(
     weights: Mapping[str, Tensor],
@@ -64,7 +67,7 @@ def with_classes_of(
 def _places(count: int, background: int, categories: Sequence[Category], start: bool) -> list[int | None]:
     """The row of each class in a file of `count` classes, None where there is none."""
     names = _coco_names(count, background)
-    where = {_plain(name): k for k, name in enumerate(names)}
+    where = {_plain(name): k for k, name in enumerate(names) if k >= background and name != _GAP}
     places = [where.get(_plain(category.name)) for category in categories]
     if None in places and not start:
         missing = categories[places.index(None)].name
@@ -82,7 +85,7 @@ def _places(count: int, background: int, categories: Sequence[Category], start: 
 def _coco_names(count: int, background: int) -> tuple[str, ...]:
     """Names of the classes of a file by row; empty where they are not known."""
     by_id = tuple(FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"])  # 91: background and gaps included
-    used = tuple(name for name in by_id[1:] if name != "N/A")
+    used = tuple(name for name in by_id[1:] if name != _GAP)
     known = {(len(by_id), 1): by_id, (len(used) + 1, 1): (by_id[0], *used), (len(used), 0): used}
     return known.get((count, background), ())
 
