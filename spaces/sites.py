@@ -112,7 +112,8 @@ def find_sites(
     layers left out. They carry the name of the first layer that produces their channels. Layer sites are
     one layer each, a depthwise convolution joined to the layer that reads it; where that makes more than
     `max_sites` sites of both kinds, the layers of one parent module are joined. Activation sites are stages,
-    residual sites single blocks, proposal sites second stages. Where `resized` makes the detector for another size, its input is one, too.
+    residual sites single blocks, proposal sites second stages. Where `resized` makes the detector for another
+    size, its input is one, too.
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}

@@ -38,8 +38,9 @@ class ImageFiles(Dataset[tuple[Tensor, Labels]]):
         return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Labels]:
-        pixels, _ = letterbox(decode(self._split.images[index]), self._look.size, self._look.pad_value)
-        return torch.from_numpy(network_input(pixels[None], self._look)[0]), self._labels[index]
+        look = self._look
+        pixels, _ = letterbox(decode(self._split.images[index]), look.size, look.pad_value, look.fit)
+        return torch.from_numpy(network_input(pixels[None], look)[0]), self._labels[index]
 
 
 def batches_of(
