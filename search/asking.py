@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections import deque
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ from optuna.trial import TrialState
 
 from search.owners import Driver, others_may_live
 from search.parts import SearchParts
+from search.storage import ask, read_once
 from search.study import SearchStudy
 from search.trials import (
     DUPLICATE_OF,
@@ -90,8 +90,9 @@ class Asker:
             self._seeded = True
         answered: list[tuple[int, int]] = []
         while len(self.twins_of) <= RE_ASKS:
-            candidate = self._held.popleft() if self._held else self._claim()
-            original = self._original(candidate)
+            with read_once(self._study.optuna):
+                candidate = self._held.popleft() if self._held else self._claim()
+                original = self._original(candidate)
             if original is None and candidate.recipe.key not in running_here:
                 self._repeats = 0
                 return candidate, answered
@@ -150,10 +151,7 @@ class Asker:
 
     def _claim(self) -> Candidate:
         study = self._study.optuna
-        with warnings.catch_warnings():
-            # `Driver` keeps the heartbeats of asked trials.
-            warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")
-            trial = study.ask(dict(self._parts.distributions))
+        trial = ask(study, self._parts.distributions)
         writer = TrialWriter(study, trial)
         recipe = self._parts.to_recipe(trial.params)
         writer.claim(self._driver.signature, recipe)

@@ -46,17 +46,19 @@ class Experience:
         A stopped trial is censored: training on would have repaired part of what it had lost. The share of
         the loss at a rung that is left at the end is the median over the finished trials that passed it.
         """
-        expected = []
-        for maps in self.stopped_at:
-            rung, at_rung = max(maps.items())
-            shares = [
-                (base_map - final) / max(base_map - passed[rung], 0.5)
-                for final, passed in zip(self.finished.map, self.passed, strict=True)
-                if rung in passed and base_map - passed[rung] > 0.5
-            ]
-            share = float(np.clip(np.median(shares), 0.0, 1.0)) if len(shares) >= FEW else GUESSED_SHARE
-            expected.append(base_map - share * max(base_map - at_rung, 0.0))
+        last = [max(maps.items()) for maps in self.stopped_at]
+        shares = {rung: self._share_left(rung, base_map) for rung in {rung for rung, _ in last}}
+        expected = [base_map - shares[rung] * max(base_map - at_rung, 0.0) for rung, at_rung in last]
         return np.array(expected, float)
+
+    def _share_left(self, rung: int, base_map: float) -> float:
+        """Share of the loss at a rung that training on leaves."""
+        shares = [
+            (base_map - final) / max(base_map - passed[rung], 0.5)
+            for final, passed in zip(self.finished.map, self.passed, strict=True)
+            if rung in passed and base_map - passed[rung] > 0.5
+        ]
+        return float(np.clip(np.median(shares), 0.0, 1.0)) if len(shares) >= FEW else GUESSED_SHARE
 
 
 def believed_loss(

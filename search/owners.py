@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from search.processes import process_started
-from search.storage import GRACE_SECONDS, HEARTBEAT_SECONDS
+from search.storage import GRACE_SECONDS, HEARTBEAT_SECONDS, record_heartbeats
 from search.trials import doing, give_back, owner_of
 
 _DRIVER_PREFIX = "paredown:driver/"
@@ -78,13 +78,17 @@ class Driver:
     def beat(self) -> None:
         with self._guard:
             held = list(self._trials)
-        for trial_id in held:
-            _storage(self.study).record_heartbeat(trial_id)
+        record_heartbeats(self.study, held)
 
 
 @contextmanager
-def driver_of(study: optuna.Study) -> Iterator[Driver]:
-    """Register a driver of `study` and beat for its trials until the block ends."""
+def driver_of(study: optuna.Study, beating: bool = True) -> Iterator[Driver]:
+    """Register a driver of `study` and beat for its trials until the block ends.
+
+    Args:
+        study: of ours.
+        beating: False leaves `Driver.beat` to the caller.
+    """
     driver = Driver(study, _here(uuid.uuid4().hex[:12]))
     key = _DRIVER_PREFIX + driver.owner.driver
     _live_here.add(driver.owner.driver)
@@ -100,12 +104,14 @@ def driver_of(study: optuna.Study) -> Iterator[Driver]:
 
     thread = threading.Thread(target=keep_beating, name="paredown-heartbeat", daemon=True)
     study._storage.set_study_system_attr(study._study_id, key, driver.signature)
-    thread.start()
+    if beating:
+        thread.start()
     try:
         yield driver
     finally:
         over.set()
-        thread.join()
+        if beating:
+            thread.join()
         _live_here.discard(driver.owner.driver)
         study._storage.set_study_system_attr(study._study_id, key, None)
 

@@ -56,6 +56,7 @@ class Progress:
         self._live: Live | None = None
         self._doing: dict[int, _Doing] = {}
         self._finished = self._failed = self._stopped = 0
+        self._any_started = False
         self.base: Point | None = None
         self._front: list[Point] = []
         self._trial_seconds: list[float] = []
@@ -85,6 +86,9 @@ class Progress:
 
     def started(self, worker: int, job: str) -> None:
         self._doing[worker] = _Doing(job, "start", time.monotonic())
+        if not self._any_started and self._live is None:  # until now it was waited for the workers
+            self.say(f"worker {worker + 1}: {job}")
+        self._any_started = True
 
     def stage(self, worker: int, next_stage: str) -> None:
         if worker in self._doing and next_stage:

@@ -53,18 +53,13 @@ def running_ray(pool: Pool) -> Iterator[Path]:
         os.close(lock)
 
 
-def _quiet(pool: Pool) -> dict[str, Any]:
-    return {
-        "log_to_driver": False,
-        "logging_level": logging.CRITICAL,
-        "runtime_env": {"env_vars": pool.worker_environment},
-    }
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
 
 
 @contextmanager
 def _joined(pool: Pool, address: str) -> Iterator[None]:
     try:
-        ray.init(address=address, **_quiet(pool))
+        ray.init(address=address, runtime_env={"env_vars": pool.worker_environment}, **_QUIET)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError("address", address, f"no Ray cluster there: {reason}") from None
@@ -82,7 +77,10 @@ def _local(pool: Pool, scratch: Path) -> Iterator[None]:
     before = constants.ENABLE_RAY_CLUSTER
     constants.ENABLE_RAY_CLUSTER = False
     try:
+        # Workers inherit theirs: with an environment of their own, Ray could not take the processes that it
+        # starts in advance, and the first job would wait for new ones.
         variables = {
+            **pool.worker_environment,
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_process_group_cleanup_enabled": "1",
             # Ray's own 15 would let everybody else's processes into a latency; `nice paredown` still is.
@@ -96,7 +94,7 @@ def _local(pool: Pool, scratch: Path) -> Iterator[None]:
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _node_ip_address=_LOOPBACK,
                 _temp_dir=str(scratch),
-                **_quiet(pool),
+                **_QUIET,
             )
         address = ray.nodes()[0]["NodeManagerAddress"]  # type: ignore[no-untyped-call]
         if address != _LOOPBACK:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
@@ -62,20 +65,20 @@ def retain(study: SearchStudy, keep_mb: float, keep: Collection[int] | None = No
     base = base_number(study)
     if base is not None:
         needed.add(base)
-    spare: list[int] = []
+    sizes: dict[int, int] = {}
+    there = set(os.listdir(study.artifacts))  # at once: a study may have thousands of folders
     for trial in study.optuna.get_trials(deepcopy=False):
         folder = study.trial_folder(trial.number)
-        if trial.number in needed or not trial.state.is_finished() or not folder.is_dir():
+        if trial.number in needed or not trial.state.is_finished() or folder.name not in there:
             continue
         if _worth_keeping(trial):
-            _strip(folder)
-            spare.append(trial.number)
+            sizes[trial.number] = _strip(folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
 
-    sizes = {number: _bytes(study.trial_folder(number)) for number in spare}
-    total = _bytes(study.artifacts)
-    for number in sorted(spare):
+    others = there - {study.trial_folder(number).name for number in sizes}
+    total = sum(sizes.values()) + sum(_bytes(study.artifacts / name) for name in others)
+    for number in sorted(sizes):
         if total <= keep_mb * 1e6:
             break
         shutil.rmtree(study.trial_folder(number), ignore_errors=True)
@@ -88,14 +91,26 @@ def _worth_keeping(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE
 
 
-def _strip(folder: Path) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):  # children before their folders
-        if path.is_dir():
-            if not any(path.iterdir()):
-                path.rmdir()
-        elif not any(path.match(pattern) for pattern in STATE_FILES):
-            path.unlink(missing_ok=True)
+def _strip(folder: Path) -> int:
+    """Remove all but the state from a folder; the bytes that stay."""
+    stay = 0
+    for parent, folders, files in os.walk(folder, topdown=False):
+        for name in files:
+            path = os.path.join(parent, name)
+            if any(fnmatch(name, pattern) for pattern in STATE_FILES):
+                stay += os.stat(path).st_size
+            else:
+                Path(path).unlink(missing_ok=True)
+        for name in folders:
+            with suppress(OSError):  # it has files that stay
+                os.rmdir(os.path.join(parent, name))
+    return stay
 
 
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _bytes(path: Path) -> int:
+    """Of a file, or of all that is in a folder; 0 where there is nothing."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(
+        os.stat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(path) for name in names
+    )

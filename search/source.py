@@ -20,6 +20,7 @@ from search.preparation import PREPARED, Preparation
 from search.progress import Point, Progress, describe
 from search.retention import base_number, front_numbers
 from search.rungs import at_rung
+from search.storage import read_once
 from search.study import SearchStudy
 from search.trials import REASON, counts, is_candidate, is_stopped
 from search.workers import FINISHED, Finished
@@ -254,6 +255,10 @@ class StudySource:
     def _told(self, candidate: Candidate, what: Callable[[], str], failed: bool = False) -> None:
         self._driver.release(candidate.writer.id)
         self._settle_twins(candidate)
+        with read_once(self._study.optuna):
+            self._show(candidate, what, failed)
+
+    def _show(self, candidate: Candidate, what: Callable[[], str], failed: bool) -> None:
         self._refresh()
         if candidate.writer.lost:
             self._progress.say(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from urllib.parse import unquote
 
 import optuna
 import sqlalchemy
+from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, IntegrityError, OperationalError, ProgrammingError, SQLAlchemyError
 
+from search.bulk_storage import BulkStorage
 from spaces.errors import InputError
 
 DEFAULT_URL = "sqlite:///runs/paredown.db"
@@ -78,6 +82,35 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
     return storage
 
 
+def params_at_once(study: optuna.Study) -> AbstractContextManager[None]:
+    """Parameters that are set inside are written together at the end, in a study of `open_storage`."""
+    backend = getattr(study._storage, "_backend", None)
+    return backend.params_gathered() if isinstance(backend, BulkStorage) else nullcontext()
+
+
+def ask(study: optuna.Study, distributions: Mapping[str, BaseDistribution]) -> optuna.Trial:
+    """`study.ask`, its parameters written together; the heartbeat is for `search.owners.Driver` to keep."""
+    with warnings.catch_warnings(), params_at_once(study):
+        warnings.filterwarnings("ignore", message="Heartbeat of storage is supposed")
+        return study.ask(dict(distributions))
+
+
+def record_heartbeats(study: optuna.Study, trial_ids: list[int]) -> None:
+    """Heartbeats of trials that have had their first one; together, in a study of `open_storage`."""
+    backend = getattr(study._storage, "_backend", None)
+    if isinstance(backend, BulkStorage):
+        backend.record_heartbeats(trial_ids)
+        return
+    for trial_id in trial_ids:
+        study._storage.record_heartbeat(trial_id)  # type: ignore[attr-defined]  # any database has it
+
+
+def read_once(study: optuna.Study) -> AbstractContextManager[None]:
+    """Inside, the trials of a study of `open_storage` are read from the database once."""
+    backend = getattr(study._storage, "_backend", None)
+    return backend.read_once() if isinstance(backend, BulkStorage) else nullcontext()
+
+
 def _parse(url: str) -> URL:
     try:
         return sqlalchemy.engine.make_url(url)
@@ -106,13 +139,13 @@ def _prepare_file(url: URL, create: bool) -> None:
         raise InputError("storage", str(path), f"the folder cannot be made: {error.strerror}") from None
 
 
-def _connect(url: str, options: dict[str, Any]) -> RDBStorage:
+def _connect(url: str, options: dict[str, Any]) -> BulkStorage:
     attempts = 5
     for attempt in range(attempts):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                return RDBStorage(
+                return BulkStorage(
                     url,
                     engine_kwargs=options,
                     heartbeat_interval=HEARTBEAT_SECONDS,

@@ -3,6 +3,7 @@
 import importlib
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,14 @@ def test_packages_are_those_of_this_repository(name: str) -> None:
     module = importlib.import_module(name)
     assert module.__file__ is not None
     assert Path(module.__file__).resolve() == ROOT / name / "__init__.py"
+
+
+def test_workers_start_without_what_they_rarely_need() -> None:
+    """Every worker process imports it before its first job."""
+    code = "import sys, evaluators.pipeline; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    heavy = {"sklearn", "plotly", "matplotlib", "ray", "nncf"}
+    assert set(done.stdout.split()) & heavy == set()
 
 
 def test_the_top_level_is_the_users() -> None:

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
 
 from evaluators.datasets.digits_canvas import IMAGE_SIZE, compose
 from spaces.errors import InputError
@@ -166,12 +165,16 @@ def _write_all(directory: Path, seed: int, counts: Mapping[str, int]) -> None:
 @lru_cache(maxsize=1)
 def _sources() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Ink `(1797, 8, 8)` in 0..1 and classes `(1797,)`."""
+    from sklearn.datasets import load_digits  # here, because every worker would wait for it
+
     bunch = load_digits()
     return (bunch.images / 16.0).astype(np.float32), bunch.target.astype(np.int64)
 
 
 def _tiles(role: str) -> list[NDArray[np.uint8]]:
     """The squares of the two photographs, `(128, 128, 3)`, that belong to a role."""
+    from sklearn.datasets import load_sample_images
+
     tiles = []
     for photograph in load_sample_images().images:
         rows, columns = photograph.shape[0] // _TILE, photograph.shape[1] // _TILE

@@ -21,6 +21,7 @@ from search.commands.options import (
     overrides,
     say,
 )
+from search.commands.overhead import overhead
 from search.commands.replay import gather, replay_search
 from search.commands.rung_replay import replay_rungs
 
@@ -43,6 +44,7 @@ benchmark.command("finetune")(finetune)
 benchmark.command("gather")(gather)
 benchmark.command("search")(replay_search)
 benchmark.command("rungs")(replay_rungs)
+benchmark.command("overhead")(overhead)
 
 
 @benchmark.command("peers")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from spaces.capabilities import Capabilities
@@ -61,6 +60,8 @@ def clustered(weight: Tensor, entries: int) -> Tensor:
     K-means in one dimension from an even grid (Han et al. 2016, arXiv 1510.00149, found that start the best:
     it keeps entries for the few large weights), so that the same weight always gives the same codebook.
     """
+    from sklearn.cluster import KMeans  # here, because every worker would wait for it
+
     values = np.sort(weight.detach().double().flatten().numpy())
     if len(np.unique(values)) <= entries:
         return weight.clone()

