@@ -84,7 +84,7 @@ def _local(pool: Pool, scratch: Path) -> Iterator[None]:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_process_group_cleanup_enabled": "1",
             # Ray's own 15 would let everybody else's processes into a latency; `nice paredown` still is.
-            "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),
+            "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 (as Ray spells it)
         }
         with environment(variables):
             ray.init(
