@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from evaluators.bias import correct_biases
+from evaluators.bias import BIAS_IMAGES, correct_biases
 from evaluators.calibration import LayerRanges, QuantizationPlan, calibrate
 from evaluators.datasets.base import DataConfig, DetectionSplit, load_split, load_splits
 from evaluators.datasets.letterbox import LetterboxedImages, network_input
@@ -40,9 +40,6 @@ from spaces.methods.resize import Resizing
 from spaces.recipe import Prune, Recipe, Resize, identity
 from spaces.sites import Sites, find_sites
 from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
-
-BIAS_IMAGES = 16
-"""They run as one batch, for a layer is corrected behind corrected ones."""
 
 
 class SpaceConfig(BaseModel):
@@ -267,7 +264,12 @@ class Bench:
         return calibrate(simplified, layers, inputs, config.seed, config.quantization, self.capabilities)
 
     def export(
-        self, network: nn.Module, bits: dict[str, int], recipe: Recipe, directory: Path
+        self,
+        network: nn.Module,
+        bits: dict[str, int],
+        recipe: Recipe,
+        directory: Path,
+        learned: Mapping[str, Any] | None = None,
     ) -> tuple[Path, ModelCard]:
         """Write the deployable pair of a network.
 
@@ -276,6 +278,7 @@ class Bench:
             bits: by layer of the base, for all factors of it; layers that are missing are float32.
             recipe: for the card.
             directory: where the pair goes.
+            learned: of a draft that rounded in training: ranges and scales of its integer layers.
         """
         widths = by_part(network, dict.fromkeys(self.sites.facts, 32) | bits)
         asked = by_part(network, integers_by_layer(recipe, self.sites))
@@ -283,7 +286,9 @@ class Bench:
         widths |= {layer: self.capabilities.runs_at(widths[layer]) for layer in narrow}
         whole, ranges = self.whole(network), {}
         cluster_layers(whole.network, by_part(network, codebooks_by_layer(recipe, self.sites)))
-        if narrow:
+        if learned:
+            ranges = {layer: LayerRanges.from_plain(learned[layer]) for layer in narrow}
+        elif narrow:
             ranges = self._calibrated(whole.network, narrow)
             if self.config.quantization.bias_correction:
                 images = self.batch(self.fit, min(self.config.calibration_images, BIAS_IMAGES))
@@ -322,6 +327,7 @@ class Bench:
     def fingerprint(self) -> dict[str, Any]:
         """What figures of this bench depend on; results under another one are not comparable."""
         config, look = self.config, self.detector.preprocess
+        widths = config.space.bit_widths or self.capabilities.bit_widths
         return {
             "detector": self.detector.name,
             "input size": "x".join(map(str, look.size)) + (" stretched" if look.fit == "stretch" else ""),
@@ -333,7 +339,7 @@ class Bench:
             "target": Path(config.target).name,  # a description may move; it is in the signature
             **{f"target {key}": str(v) for key, v in self.target.signature(config.threads).items()},
             "postprocess": self.postprocess.model_dump_json(),
-            "fine-tuning": config.finetune.model_dump_json(exclude=_unused(config.finetune)),
+            "fine-tuning": config.finetune.model_dump_json(exclude=config.finetune.without_effect(widths)),
             "fine-tuning runs in": config.finetune.runs_in,
             "quantisation": config.quantization.model_dump_json(),
             "importance": config.importance,
@@ -341,8 +347,3 @@ class Bench:
             "seed": config.seed,
             "result version": RESULT_VERSION,
         }
-
-
-def _unused(plan: FineTunePlan) -> set[str]:
-    """Fields that change nothing as they are: a study goes on with a version that has more of them."""
-    return set() if plan.frozen_prefix else {"frozen_prefix"}

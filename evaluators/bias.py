@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from evaluators.calibration import LayerRanges
 from evaluators.rounding import round_layer
 
+BIAS_IMAGES = 16
+"""They run as one batch, for a layer is corrected behind corrected ones."""
+
 
 def correct_biases(
     network: nn.Module, ranges: Mapping[str, LayerRanges], images: Tensor, weight_levels: int = 127

@@ -62,6 +62,7 @@ class LayerRanges:
         written_by_channel: of each channel that is produced; empty where the target does not round those.
         largest: weights are integers from `-largest` to `largest`.
         levels: of what is read; what is written has 256.
+        weight_scales: of each output channel, where training learned them.
     """
 
     read: Range
@@ -70,6 +71,24 @@ class LayerRanges:
     written_by_channel: tuple[Range, ...] = ()
     largest: int = 127
     levels: int = 256
+    weight_scales: tuple[float, ...] = ()
+
+    @staticmethod
+    def from_plain(fields: Mapping[str, Any]) -> LayerRanges:
+        """What `dataclasses.asdict` made plain, also after a way through JSON."""
+
+        def spans(side: str) -> tuple[Range, ...]:
+            return tuple(Range(**span) for span in fields[side])
+
+        return LayerRanges(
+            Range(**fields["read"]),
+            Range(**fields["written"]),
+            spans("by_channel"),
+            spans("written_by_channel"),
+            fields["largest"],
+            fields["levels"],
+            tuple(fields["weight_scales"]),
+        )
 
 
 def calibrate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +46,8 @@ class FineTunePlan(BaseModel):
             stay float32. `auto` is bfloat16 where the CPU multiplies it in hardware of its own (AMX).
         frozen_prefix: what lies in front of everything that a recipe changed keeps the base's weights; its
             features are computed once an image. It trains less and faster.
+        quantization_aware: integer layers round while they are trained, and their scales are learned; see
+            `evaluators.qat`. `auto`: where any has fewer than 8 bits.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +61,16 @@ class FineTunePlan(BaseModel):
     gradient_norm: float = Field(default=20.0, gt=0.0)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     frozen_prefix: bool = False
+    quantization_aware: bool | Literal["auto"] = "auto"
+
+    def without_effect(self, widths: Sequence[int]) -> set[str]:
+        """Fields that change nothing as they are, where a space has these bit-widths.
+
+        A study of a version without them may go on.
+        """
+        unused = set() if self.frozen_prefix else {"frozen_prefix"}
+        whole_bytes = self.quantization_aware == "auto" and min(widths) >= 8
+        return unused | ({"quantization_aware"} if whole_bytes else set())
 
     @property
     def runs_in(self) -> Precision:
@@ -92,6 +104,7 @@ def fine_tune(
     seed: int,
     start: TrainingState | None = None,
     changed: Collection[str] = (),
+    norms_measured: bool = False,
 ) -> Iterator[Epoch]:
     """Train `network` in place, yielding after each epoch; from `start` on it ends bit for bit the same.
 
@@ -99,7 +112,8 @@ def fine_tune(
 
     Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) takes steps relative to the weights' own size:
     trained detectors differ by orders of magnitude there, and a rate that lets one recover wrecks
-    another. BatchNorm statistics are measured anew first and then kept, for batches are small.
+    another. BatchNorm statistics are measured anew first, unless `norms_measured` says that they are as they
+    should be, and then kept, for batches are small.
 
     Every step is taken inside `slot.computing()`, so that measurements on this machine find it quiet.
 
@@ -108,7 +122,7 @@ def fine_tune(
     """
     with slot.computing():
         prefix = _prefix(network, detector, images, plan, changed)
-        if start is None:
+        if start is None and not norms_measured:
             kept = prefix.norms if prefix is not None else []
             recalibrate_norms(network, detector, images, plan.batch_size, kept=kept)
     random = np.random.default_rng(seed)

@@ -31,13 +31,19 @@ with one scale of these, or of a sigmoid only where a layer reads that. Of other
 
 @dataclass(frozen=True)
 class Reading:
-    """How a tensor is rounded: its range, or that of each channel, and in how many levels."""
+    """How a tensor is rounded: its range, or that of each channel, and in how many levels.
+
+    `exact` where no other layer's range of the same tensor will do.
+    """
 
     spans: tuple[Range, ...]
     levels: int = 256
+    exact: bool = False
 
     def alike(self, other: Reading) -> bool:
         """True where both are of the whole tensor, or both of its channels, in as many levels."""
+        if self.exact or other.exact:
+            return self == other
         return self.levels == other.levels and len(self.spans) == len(other.spans)
 
     @property
@@ -72,7 +78,7 @@ def quantized(
     """
     graph = copied(graph)
     writer = _Writer(graph, weight_levels)
-    apart = _written_apart(graph, layers) if outputs_too else frozenset()
+    apart = written_apart(graph, layers) if outputs_too else frozenset()
     flat = flat_ends(graph) if outputs_too else {}
     renamed: dict[str, str] = {}
     for node in graph.graph.node:
@@ -113,7 +119,8 @@ class _Writer:
     def read(self, node: onnx.NodeProto, ranges: LayerRanges, one_scale: bool) -> NDArray[np.float64]:
         """Round what a layer reads; factors `(outputs,)` or `(1,)` by which its weights make up for it."""
         source = node.input[0]
-        reading = Reading(ranges.by_channel or (ranges.read,), ranges.levels)
+        learned = bool(ranges.weight_scales)
+        reading = Reading(ranges.by_channel or (ranges.read,), ranges.levels, exact=learned)
         # What a layer wrote in 8 bits is not rounded again by whoever reads it in 8.
         if source in self._written and reading.levels == 256 and not ranges.by_channel:
             return np.ones(1)
@@ -154,6 +161,8 @@ class _Writer:
             ending = f"_{len(self._weights)}" if any(k[0] == tensor.name for k in self._weights) else ""
             weight = numpy_helper.to_array(tensor)
             scale = weight_scales(weight, levels)
+            if ranges.weight_scales:  # learned, perhaps on a CPU that bears more levels
+                scale = np.array(ranges.weight_scales, np.float32) * np.float32(ranges.largest / levels)
             shape = (-1,) + (1,) * (weight.ndim - 1)
             integers = np.clip(np.round(weight / scale.reshape(shape)), -levels, levels).astype(np.int8)
             names = [
@@ -228,7 +237,7 @@ def _weight_errors(rows: NDArray[np.float64], scale: NDArray[np.float64], levels
     return errors
 
 
-def _written_apart(graph: onnx.ModelProto, layers: Collection[str]) -> frozenset[str]:
+def written_apart(graph: onnx.ModelProto, layers: Collection[str]) -> frozenset[str]:
     """Layers whose readers bear a scale for each channel that the layer writes.
 
     Other layers in integers do not, for their kernels have one scale for all channels that they read.

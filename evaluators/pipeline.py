@@ -22,12 +22,13 @@ from evaluators.kernels import fell_back, stored_and_run, unseen
 from evaluators.latency import PairedLatency
 from evaluators.memory import peak_memory_mb
 from evaluators.parity import require_parity
+from evaluators.qat import as_plain, fake_quantized, rounds_in_training
 from evaluators.rungs import TrialRungs
 from evaluators.stage_clock import StageClock
 from evaluators.targets.base import Predicting, Session
 from evaluators.torch_session import TorchSession
 from spaces.apply import apply, parameters, save
-from spaces.effects import bits_by_layer, widths_by_layer
+from spaces.effects import bits_by_layer, integers_by_layer, widths_by_layer
 from spaces.layers import count_macs
 from spaces.lowrank import by_part
 from spaces.methods.base import Draft
@@ -75,12 +76,20 @@ class CandidateWorker:
         with bench.slot.computing():
             draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         draft.network.requires_grad_(True)
-        yield clock.ended("compress", "load the teacher" if draft.changed else "export")
+        aware = rounds_in_training(bench.config.finetune, integers_by_layer(recipe, bench.sites))
+        trained = draft.changed or aware  # what only changes its bit-widths keeps its weights
+        yield clock.ended("compress", "load the teacher" if trained else "export")
         step_ms: list[float] = []
         rungs = TrialRungs(bench, draft, recipe, folder, job)
-        if draft.changed:  # what only changes its bit-widths keeps its weights
-            changed = draft.changed_modules
+        if aware:
+            with bench.slot.computing():
+                rungs.fake = fake_quantized(bench, draft, recipe)
+            yield clock.ended("calibrate", "load the teacher")
+        if trained:
+            changed = draft.changed_modules if not aware else ()
             yield from self._fine_tune(draft.network, job.seed, clock, step_ms, rungs=rungs, changed=changed)
+        if rungs.fake is not None:
+            draft.learned = as_plain(rungs.fake.removed())
         card, session = self._exported(draft, recipe, folder)
         if recipe.is_identity:
             yield clock.ended("export", "compare with torch")
@@ -151,6 +160,7 @@ class CandidateWorker:
             seed,
             start,
             changed,
+            norms_measured=rungs is not None and rungs.fake is not None,
         ):
             step_ms.append(epoch.step_s * 1e3)
             coming = f"{named} {epoch.number + 1}/{epochs}" if epoch.number < epochs else "export"
@@ -166,7 +176,7 @@ class CandidateWorker:
         bench = self.bench
         with bench.slot.computing():
             bits = bits_by_layer(recipe, bench.sites)
-            model, card = bench.export(draft.network, bits, recipe, folder)
+            model, card = bench.export(draft.network, bits, recipe, folder, draft.learned)
             save(draft, recipe, folder)
             session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
         return card, session

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -19,13 +21,13 @@ def round_layer(layer: nn.Module, ranges: LayerRanges, weight_levels: int = 127)
     """
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
-    weight.data = rounded_weight(weight.data, min(ranges.largest, weight_levels))
+    weight.data = rounded_weight(weight.data, min(ranges.largest, weight_levels), ranges.weight_scales)
     layer.register_forward_pre_hook(lambda _, inputs: (rounded_input(inputs[0], ranges),))
 
 
-def rounded_weight(weight: Tensor, levels: int) -> Tensor:
+def rounded_weight(weight: Tensor, levels: int, learned: Sequence[float] = ()) -> Tensor:
     """A weight on the integers from `-levels` to `levels`, with a scale per output channel."""
-    scales = torch.from_numpy(weight_scales(weight.detach().numpy(), levels))
+    scales = torch.tensor(learned) if learned else torch.from_numpy(weight_scales(weight.numpy(), levels))
     scales = scales.view(-1, *(1,) * (weight.dim() - 1))
     return (weight / scales).round().clamp(-levels, levels) * scales
 

@@ -20,6 +20,7 @@ from evaluators.accuracy import score_session
 from evaluators.bench import Bench
 from evaluators.finetune import Epoch, recalibrate_norms
 from evaluators.jobs import Job, Rung, StageReport
+from evaluators.qat import FakeQuantized, as_plain
 from evaluators.stage_clock import StageClock
 from evaluators.training_state import TrainingState
 from spaces.apply import parameters
@@ -55,6 +56,8 @@ class TrialRungs:
         self._seed = job.seed
         self.start: TrainingState | None = None
         """Where an interrupted trial goes on; known after `begin`."""
+        self.fake: FakeQuantized | None = None
+        """Of a network that rounds in training."""
 
     @cached_property
     def _key(self) -> str:
@@ -70,32 +73,46 @@ class TrialRungs:
             report = clock.ended(f"go on after rung {rung.epochs}", "teacher")
             yield report.model_copy(update={"rung": rung})
         elif 0 in self.epochs:
-            network = copy.deepcopy(self._draft.network)
-            with self._bench.slot.computing():
-                recalibrate_norms(
-                    network, self._bench.detector, self._bench.fit, self._bench.config.finetune.batch_size
-                )
-            yield self._reached(0, network, None, clock, "teacher")
+            network, learned = self._copied()
+            if self.fake is None:  # whose norms are measured already
+                with self._bench.slot.computing():
+                    recalibrate_norms(
+                        network, self._bench.detector, self._bench.fit, self._bench.config.finetune.batch_size
+                    )
+            yield self._reached(0, network, learned, None, clock, "teacher")
 
     def after(self, epoch: Epoch, clock: StageClock, coming: str) -> StageReport:
         """The rung after an epoch that is one of `epochs`."""
-        network = copy.deepcopy(self._draft.network)
-        return self._reached(epoch.number, network, epoch.state(), clock, coming)
+        network, learned = self._copied()
+        return self._reached(epoch.number, network, learned, epoch.state(), clock, coming)
+
+    def _copied(self) -> tuple[nn.Module, dict[str, Any]]:
+        """A copy of the network as it is to be exported, and what was learned of its integer layers."""
+        if self.fake is None:
+            return copy.deepcopy(self._draft.network), {}
+        network, ranges = self.fake.plain_copy()
+        return network, as_plain(ranges)
 
     def clear(self) -> None:
         """The trial is trained: its checkpoint is of no use any more."""
         (self._folder / CHECKPOINT).unlink(missing_ok=True)
 
     def _reached(
-        self, epochs: int, network: nn.Module, state: TrainingState | None, clock: StageClock, coming: str
+        self,
+        epochs: int,
+        network: nn.Module,
+        learned: dict[str, Any],
+        state: TrainingState | None,
+        clock: StageClock,
+        coming: str,
     ) -> StageReport:
-        rung = Rung(epochs=epochs, figures=self._figures(network))
+        rung = Rung(epochs=epochs, figures=self._figures(network, learned))
         with self._bench.slot.computing():
             self._write(rung, state)
         report = clock.ended(f"rung {epochs}", coming)
         return report.model_copy(update={"rung": rung})
 
-    def _figures(self, network: nn.Module) -> dict[str, float]:
+    def _figures(self, network: nn.Module, learned: dict[str, Any]) -> dict[str, float]:
         """Of a copy of the network, which is taken over."""
         bench, folder = self._bench, self._folder / _EXPORT
         network.to(memory_format=torch.contiguous_format)
@@ -104,7 +121,7 @@ class TrialRungs:
         bits = bits_by_layer(self._recipe, bench.sites)
         with torch.random.fork_rng(devices=[]):
             with bench.slot.computing():
-                model, card = bench.export(draft.network, bits, self._recipe, folder)
+                model, card = bench.export(draft.network, bits, self._recipe, folder, learned)
                 session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
             with bench.slot.computing():
                 found, _ = score_session(

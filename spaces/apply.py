@@ -77,6 +77,7 @@ def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
         "codebooks": draft.codebooks,
         "size": draft.size,
         "proposals": draft.proposals,
+        "learned": draft.learned,
     }
     save_weights(draft.network, directory / STATE_FILE)
     temporary = directory / (PLAN_FILE + ".tmp")
@@ -117,7 +118,10 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
     codebooks = {name: int(entries) for name, entries in plan.get("codebooks", {}).items()}
     size = tuple(plan["size"]) if plan.get("size") else None
-    draft = Draft(network, channels, bits, activations, dropped, factors, codebooks, size, proposals)
+    learned = plan.get("learned", {})
+    draft = Draft(
+        network, channels, bits, activations, dropped, factors, codebooks, size, proposals, learned
+    )
     return recipe, draft
 
 

@@ -15,13 +15,15 @@ class Capabilities:
         asked: bit-widths that the space offers, widest first; those that are native where it is empty.
         depthwise_by_channel: int8 depthwise convolutions read activations with a scale for each channel.
         one_zero_point: those channels must have the same zero point.
-        written_by_channel: int8 layers round what they produce, with a scale for each channel.
+        writes_integers: int8 layers round what they produce, before any activation function.
+        written_by_channel: they do so with a scale for each channel.
     """
 
     bit_widths: tuple[int, ...] = (32,)
     channel_granule: int = 8
     depthwise_by_channel: bool = False
     one_zero_point: bool = False
+    writes_integers: bool = False
     written_by_channel: bool = False
     asked: tuple[int, ...] = ()
 

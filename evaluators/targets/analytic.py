@@ -141,7 +141,8 @@ def few_levels(
         layer = layer_of(node)
         if layer in bits and layer is not None:
             node.input[0] = _rounded(node.input[0], layer, ranges[layer].read, bits[layer], nodes, added)
-            node.input[1] = _few_weights(tensors[node.input[1]], bits[layer], nodes, added)
+            learned = ranges[layer] if ranges[layer].weight_scales else None
+            node.input[1] = _few_weights(tensors[node.input[1]], bits[layer], learned, nodes, added)
         nodes.append(node)
     replace_nodes(lowered, nodes)
     lowered.graph.initializer.extend(added)
@@ -171,13 +172,19 @@ def _rounded(
 
 
 def _few_weights(
-    tensor: onnx.TensorProto, bits: int, nodes: list[onnx.NodeProto], added: list[onnx.TensorProto]
+    tensor: onnx.TensorProto,
+    bits: int,
+    learned: LayerRanges | None,
+    nodes: list[onnx.NodeProto],
+    added: list[onnx.TensorProto],
 ) -> str:
     """The name of a weight's dequantised form."""
     weight = numpy_helper.to_array(tensor)
     most = 2 ** (bits - 1) - 1
     largest = np.abs(weight).reshape(weight.shape[0], -1).max(axis=1)
     scale = np.maximum(largest / most, 1e-12).astype(np.float32)
+    if learned is not None:
+        most, scale = learned.largest, np.array(learned.weight_scales, np.float32)
     levels = np.clip(np.round(weight / scale.reshape(-1, *(1,) * (weight.ndim - 1))), -most, most)
     kind = ml_dtypes.int4 if bits <= 4 else np.int8
     stored, scales, result = (f"{tensor.name}_{part}" for part in ("levels", "scale", "dequantized"))

@@ -42,6 +42,7 @@ class OnnxRuntime(OnnxTarget):
         channel_granule=8,
         depthwise_by_channel=True,
         one_zero_point=True,
+        writes_integers=True,
         written_by_channel=True,
     )
 

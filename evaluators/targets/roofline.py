@@ -62,7 +62,8 @@ class Description(BaseModel):
     @property
     def capabilities(self) -> Capabilities:
         """What runs natively."""
-        return Capabilities(tuple(sorted(self.peak_gmacs, reverse=True)), self.granule)
+        widths = tuple(sorted(self.peak_gmacs, reverse=True))
+        return Capabilities(widths, self.granule, writes_integers=True)  # scored by ONNX Runtime
 
     def native(self, bits: int) -> int:
         """The bit-width that a layer of `bits` runs at: the next one that is there."""

@@ -139,7 +139,8 @@ def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> s
     bench = bench.at(recipe)
     recipe, draft = rebuild(bench.detector.build(), source)
     draft.network.eval()
-    _, card = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
+    bits = bits_by_layer(recipe, bench.sites)
+    _, card = bench.export(draft.network, bits, recipe, folder, draft.learned)
     figures = {name: measured.value for name, measured in evaluation.metrics.items()}
     card.model_copy(update={"figures": {**figures, "split": evaluation.split}}).write(folder)
     return "made again from its stored weights"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -32,6 +32,8 @@ class Draft:
         codebooks: numbers of values that weights are stored in, by layer.
         size: height and width of the input in pixels where it is not the study's.
         proposals: regions that second stages look at, by module.
+        learned: what training learned of how layers are rounded, by module name, as plain data;
+            `evaluators.calibration.LayerRanges` says what it means.
     """
 
     network: nn.Module
@@ -43,6 +45,7 @@ class Draft:
     codebooks: dict[str, int] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     proposals: dict[str, int] = field(default_factory=dict)
+    learned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def changed_modules(self) -> frozenset[str]:
