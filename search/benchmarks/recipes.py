@@ -10,12 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.bench import Bench
+from evaluators.finetune import fine_tune
 from evaluators.latency import PairedLatency
 from evaluators.latency_model import LatencyModel
+from evaluators.qat import as_plain, fake_quantized
 from evaluators.targets.base import Session
 from search.strategy import probe_recipes
 from spaces.apply import apply
 from spaces.effects import bits_by_layer
+from spaces.methods.base import Draft
 from spaces.recipe import Recipe
 from spaces.table import Options, SpaceTable
 
@@ -41,14 +44,34 @@ class Exported:
     packed: Mapping[str, int] = field(default_factory=dict)
 
 
-def exported(bench: Bench, recipe: Recipe, folder: Path) -> Exported:
-    """Carry a recipe out on the base, without training, and load the file."""
+def exported(bench: Bench, recipe: Recipe, folder: Path, trained: bool = False) -> Exported:
+    """Carry a recipe out on the base and load the file.
+
+    Nothing is trained, unless `trained` asks for the configuration's fine-tuning with integer layers that
+    round, of a recipe that changes nothing but bit-widths.
+    """
     with bench.slot.computing():
         bench = bench.at(recipe)
         draft = apply(bench.base, recipe, bench.sites)  # which channels go makes no difference to the time
-        file, card = bench.export(draft.network, bits_by_layer(recipe, bench.sites), recipe, folder)
+    if trained:
+        _train_rounded(bench, draft, recipe)
+    with bench.slot.computing():
+        file, card = bench.export(
+            draft.network, bits_by_layer(recipe, bench.sites), recipe, folder, draft.learned
+        )
         session = bench.target.prepare(file, bench.config.threads, card.runtime.hint)
     return Exported(recipe, file, session, card.packed)
+
+
+def _train_rounded(bench: Bench, draft: Draft, recipe: Recipe) -> None:
+    network, config = draft.network.requires_grad_(True), bench.config
+    with bench.slot.computing():
+        fake = fake_quantized(bench, draft, recipe)
+    plan = config.finetune
+    rest = (bench.fit, bench.teacher, plan, bench.slot, config.seed)
+    for _ in fine_tune(network, bench.detector, *rest, norms_measured=True):
+        pass
+    draft.learned = as_plain(fake.removed())
 
 
 def measured(

@@ -32,11 +32,13 @@ class Variant:
         name: such as `8 bits`.
         recipe: the choices at all layer sites.
         plan: how ranges are found; None where there are no integers.
+        trained: fine-tuned as the configuration says, with integer layers that round meanwhile.
     """
 
     name: str
     recipe: Recipe
     plan: QuantizationPlan | None = None
+    trained: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,11 @@ class Cost:
     ratio: tuple[float, float, float] | None = None
 
 
-def variants(bench: Bench) -> list[Variant]:
-    """The base; widths that the target has kernels for; narrower ones where it has int8; codebooks."""
+def variants(bench: Bench, trained: bool = False) -> list[Variant]:
+    """The base; widths that the target has kernels for; narrower ones where it has int8; codebooks.
+
+    With `trained`, integers after fine-tuning as well.
+    """
     sites, native = bench.sites.layer, bench.capabilities.bit_widths
     found = [Variant("32 bits", bench.identity)]
     for bits in WIDTHS:
@@ -75,6 +80,8 @@ def variants(bench: Bench) -> list[Variant]:
         choices = [Quantize(site=site, weight_bits=bits, activation_bits=read) for site in sites]
         recipe = Recipe(detector=bench.detector.name, choices=tuple(choices))
         found += [Variant(f"{bits} bits", recipe, plan) for plan in (_plans(bench) if bits <= 8 else [None])]
+        if trained and bits <= 8:
+            found.append(Variant(f"{bits} bits", recipe, bench.config.quantization, trained=True))
     for entries in CODEBOOKS:
         books = tuple(Codebook(site=site, entries=entries) for site in sites)  # type: ignore[arg-type]
         found.append(Variant(f"codebooks of {entries}", Recipe(detector=bench.detector.name, choices=books)))
@@ -114,7 +121,7 @@ def costs(
     base = exported(bench, chosen[0].recipe, folder / "base")
     reference: dict[int, Detections] = {}
     for count, variant in enumerate(chosen, start=1):
-        made = exported(with_plan(bench, variant.plan), variant.recipe, folder / "variant")
+        made = exported(with_plan(bench, variant.plan), variant.recipe, folder / "variant", variant.trained)
         with bench.slot.computing():
             figures, detections = score_session(made.session, split, images, bench.detector.preprocess)
             reference = reference or detections
@@ -134,7 +141,7 @@ def costs(
                 None if latency is None else (latency.ratio, latency.low, latency.high),
             )
         )
-        say(f"  {count}/{len(chosen)}: {variant.name}{described(variant.plan)}: {figures['map']:.2f} AP")
+        say(f"  {count}/{len(chosen)}: {variant.name}{described(variant)}: {figures['map']:.2f} AP")
     return found
 
 
@@ -147,11 +154,13 @@ def with_plan(bench: Bench, plan: QuantizationPlan | None) -> Bench:
     return other
 
 
-def described(plan: QuantizationPlan | None) -> str:
-    """A plan in a few words, for a line of progress."""
+def described(variant: Variant) -> str:
+    """How its integers came about in a few words, for a line of progress."""
+    plan = variant.plan
     if plan is None:
         return ""
-    return f", {plan.ranges}, {'biases corrected' if plan.bias_correction else 'biases left'}"
+    trained = ", fine-tuned" if variant.trained else ""
+    return f", {plan.ranges}, {'biases corrected' if plan.bias_correction else 'biases left'}{trained}"
 
 
 def write_costs(file: Path, title: str, found: Sequence[Cost], split: str, facts: Mapping[str, Any]) -> None:
@@ -159,7 +168,8 @@ def write_costs(file: Path, title: str, found: Sequence[Cost], split: str, facts
     eight = next((cost for cost in found if cost.variant.name == "8 bits"), None)
     lines = [
         f"Every convolution and linear layer of the base at one width, or with one size of codebook, on "
-        f"{split}. Integers are weights; activations have 8 bits. Without training.",
+        f"{split}. Integers are weights; activations have 8 bits. Without training, unless "
+        "a row says so: then the layers round meanwhile, and scales are learned.",
         "",
     ]
     if eight is not None:
@@ -168,7 +178,17 @@ def write_costs(file: Path, title: str, found: Sequence[Cost], split: str, facts
             f"{found[0].map:.2f}, {_interval(eight.difference, '+.2f')}.",
             "",
         ]
-    head = ["layers at", "ranges", "biases", "AP", "difference, 95 %", "MB", "kernels", "weights in the file"]
+    head = [
+        "layers at",
+        "ranges",
+        "biases",
+        "trained",
+        "AP",
+        "difference, 95 %",
+        "MB",
+        "kernels",
+        "weights in the file",
+    ]
     rows = []
     for cost in found:
         plan = cost.variant.plan
@@ -176,6 +196,7 @@ def write_costs(file: Path, title: str, found: Sequence[Cost], split: str, facts
             cost.variant.name,
             plan.ranges if plan else "",
             ("corrected" if plan.bias_correction else "left") if plan else "",
+            "yes" if cost.variant.trained else "",
             f"{cost.map:.2f}",
             _interval(cost.difference, "+.2f"),
             f"{cost.size_mb:.2f}",
@@ -201,4 +222,5 @@ def _plain(cost: Cost) -> dict[str, Any]:
         "layers": cost.variant.name,
         "ranges": plan.ranges if plan else None,
         "bias_correction": plan.bias_correction if plan else None,
+        "trained": cost.variant.trained,
     } | {key: value for key, value in asdict(cost).items() if key != "variant"}

@@ -134,6 +134,9 @@ def quantize(
     seed: Seed = None,
     split: Annotated[str, typer.Option("--split", help="select, report, or annotations.")] = "report",
     timed: Annotated[bool, typer.Option("--timed", help="Measure latencies as well.")] = False,
+    trained: Annotated[
+        bool, typer.Option("--trained", help="Integers after quantisation-aware fine-tuning as well.")
+    ] = False,
     output: Output = RESULTS,
 ) -> int:
     """AP, size and kernels of the base with all its layers at each bit-width, or with codebooks."""
@@ -144,7 +147,7 @@ def quantize(
     bench = _bench(settings)
     images = bench.split(split)
     with tempfile.TemporaryDirectory() as folder:
-        found = costs(bench, variants(bench), images, Path(folder), timed, say)
+        found = costs(bench, variants(bench, trained), images, Path(folder), timed, say)
     report = output / f"quantize_{_file_name(settings)}.md"
     title = f"Bit-widths of {settings.name} in {bench.target.name}"
     write_costs(

@@ -186,6 +186,8 @@ def test_every_width_has_every_way_of_finding_ranges(bench: Bench) -> None:
     eight = [variant for variant in widths.variants(bench) if variant.name == "8 bits"]
     assert eight[0].plan == bench.config.quantization
     assert len({variant.plan.model_dump_json() for variant in eight if variant.plan}) == 6
+    trained = [variant.name for variant in widths.variants(bench, trained=True) if variant.trained]
+    assert trained == ["8 bits", "6 bits", "4 bits"]
     sites = set(bench.sites.layer)
     assert all({choice.site for choice in variant.recipe.choices} == sites for variant in eight)
 
@@ -193,12 +195,14 @@ def test_every_width_has_every_way_of_finding_ranges(bench: Bench) -> None:
 def test_costs_of_widths(bench: Bench, tmp_path: Path) -> None:
     everything = {variant.name: variant for variant in reversed(widths.variants(bench))}
     chosen = [everything[name] for name in ("32 bits", "8 bits", "4 bits", "codebooks of 16")]
+    chosen += [v for v in widths.variants(bench, trained=True) if v.trained and v.name == "4 bits"]
     found = widths.costs(bench, chosen, bench.split("select"), tmp_path / "files", False, lambda line: None)
-    base, eight, four, book = found
+    base, eight, four, book, trained = found
     layers = len(bench.sites.facts)
     assert base.difference == (0.0, 0.0, 0.0)
-    assert [cost.kernels for cost in found] == [{kind: layers} for kind in ("f32", "i8", "i8", "f32")]
-    assert [cost.fell_back for cost in found] == [{}] * 4
+    assert [cost.kernels for cost in found] == [{kind: layers} for kind in ("f32", "i8", "i8", "f32", "i8")]
+    assert [cost.fell_back for cost in found] == [{}] * 5
+    assert trained.size_mb == pytest.approx(four.size_mb, rel=0.02)
     assert base.stored == {"32 bits, ran as f32": layers}
     assert eight.stored == {"8 bits, ran as i8": layers}
     assert four.stored["4 bits, ran as i8"] + four.stored.get("8 bits, ran as i8", 0) == layers
@@ -209,6 +213,7 @@ def test_costs_of_widths(bench: Bench, tmp_path: Path) -> None:
     content = json.loads((tmp_path / "report.json").read_text())
     assert [row["layers"] for row in content["rows"]] == [cost.variant.name for cost in found]
     assert [row["kernels"] for row in content["rows"]] == [cost.kernels for cost in found]
+    assert [row["trained"] for row in content["rows"]] == [False, False, False, False, True]
     text = (tmp_path / "report.md").read_text()
     assert (
         f"All layers in int8, ranges and biases as configured: {eight.map:.2f} AP of {base.map:.2f}" in text
