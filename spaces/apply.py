@@ -119,9 +119,7 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     codebooks = {name: int(entries) for name, entries in plan.get("codebooks", {}).items()}
     size = tuple(plan["size"]) if plan.get("size") else None
     learned = plan.get("learned", {})
-    draft = Draft(
-        network, channels, bits, activations, dropped, factors, codebooks, size, proposals, learned
-    )
+    draft = Draft(network, channels, bits, activations, dropped, factors, codebooks, size, proposals, learned)
     return recipe, draft
 
 
