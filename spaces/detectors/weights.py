@@ -35,9 +35,9 @@ def load_weights(
 
     Reads `.safetensors`, and PyTorch files (`.pth`, `.pt`, with `weights_only=True`) that hold a state_dict,
     bare or under `ema`, `model` or `state_dict`. Half-precision weights become those of the network, and
-    names of older versions of torchvision those of today. Where files hold parts that a network does not run, it
-    says so by `spare_weights`, the beginnings of names; where inner layers depend on the number of classes, by
-    `class_branch`, the same for these, and by `class_rows`, the tensor with one row for each class.
+    names of older versions of torchvision those of today. Where files hold parts that a network does not run,
+    it says so by `spare_weights`, the beginnings of names; where inner layers depend on the number of
+    classes, by `class_branch`, the same for these, and by `class_rows`, a tensor with a row for each class.
 
     Args:
         network: takes the weights.
