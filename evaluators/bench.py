@@ -30,7 +30,7 @@ from evaluators.targets.base import Session
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
 from spaces.detectors.base import Detector, Postprocess, postprocess_of
-from spaces.detectors.registry import make_detector
+from spaces.detectors.registry import licence_of, make_detector
 from spaces.detectors.weights import load_weights
 from spaces.effects import codebooks_by_layer, integers_by_layer
 from spaces.inputs import Size
@@ -296,6 +296,7 @@ class Bench:
             runtime=self.runtime(written.hint),
             recipe=recipe,
             packed=dict(written.packed),
+            licence=licence_of(self.detector.name),
         )
         card.write(directory)
         return written.model, card

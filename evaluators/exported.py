@@ -48,7 +48,10 @@ class Runtime(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """The contents of `model.json`; `packed` are the bits that a weight takes in the file, by layer."""
+    """The contents of `model.json`; `packed` are the bits that a weight takes in the file, by layer.
+
+    `licence` says what must be known about that of a detector that is not Paredown's own.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -60,6 +63,7 @@ class ModelCard(BaseModel):
     recipe: Recipe
     packed: dict[str, int] = Field(default_factory=dict)
     figures: dict[str, Any] = Field(default_factory=dict)
+    licence: str | None = None
 
     def write(self, directory: Path) -> None:
         """Write `model.json` whole or not at all."""

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from search.commands.benchmark import benchmark
+from search.commands.convert import convert
 from search.commands.dashboard import dashboard
 from search.commands.evaluate import evaluate
 from search.commands.explain import explain
@@ -44,6 +45,7 @@ app.command("finish")(finish)
 app.command("dashboard")(dashboard)
 app.command("init")(init)
 app.command("train")(train)
+app.command("convert")(convert)
 app.add_typer(benchmark, name="benchmark")
 
 

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch_pruning as tp
 from torch import nn
 
 from spaces.activations import ActivationSite, activation_sites
 from spaces.detectors.base import Detector
 from spaces.inputs import InputSite, Size, input_site
 from spaces.layers import LayerFacts, trace_layers
-from spaces.norms import NORMS, TRACED_NORMS, in_whole_groups
+from spaces.norms import NORMS, in_whole_groups
 from spaces.residual import ResidualSite, residual_sites
 from spaces.slicing import channels_left, slice_layers
+from spaces.tracing import dependency_graph
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _that_hold(
     """The sites without which the network still runs, half of their channels taken away.
 
     What indexes channels by fixed numbers (splits, shuffles, slices) may be beyond the tracer. One pass tells
-    for all sites; only where it fails they are tried one after another.
+    for all sites; where it fails they are tried in halves, down to single ones.
     """
     images = torch.zeros(1, 3, *size)
     with torch.no_grad():
@@ -154,12 +154,16 @@ def _that_hold(
         except (RuntimeError, ValueError, IndexError):  # of shapes that do not fit
             return False
 
-    if holds(sites):
-        return dict(sites)
     good: dict[str, ChannelSite] = {}
-    for name, site in sites.items():
-        if holds(good | {name: site}):
-            good[name] = site
+    waiting = [list(sites)]
+    while waiting:
+        names = waiting.pop()
+        tried = good | {name: sites[name] for name in names}
+        if holds(tried):
+            good = tried
+        elif len(names) > 1:
+            middle = len(names) // 2
+            waiting += [names[middle:], names[:middle]]
     return good
 
 
@@ -176,16 +180,12 @@ def _channel_sites(
 ) -> list[ChannelSite]:
     # torch-pruning follows gradients, which a frozen base has none of.
     network = copy.deepcopy(network).eval().requires_grad_(True)
+    opaque = getattr(detector, "opaque_modules", lambda _: ())(network)
+    graph = dependency_graph(network, detector.preprocess.size, opaque)
     modules = dict(network.named_modules())
     names: dict[Any, str] = {module: name for name, module in modules.items()}
     names |= {p: name for name, p in network.named_parameters() if sum(side > 1 for side in p.shape) == 1}
     outputs = detector.output_layers(network)
-    graph = tp.DependencyGraph().build_dependency(
-        network,
-        example_inputs=torch.zeros(1, 3, *detector.preprocess.size),
-        customized_pruners=TRACED_NORMS,
-        verbose=False,
-    )
     groups = list(graph.get_all_groups(ignored_layers=[modules[name] for name in sorted(outputs)]))
     order = {name: position for position, name in enumerate(facts)}
     found: list[tuple[str, tuple[Member, ...], int]] = []

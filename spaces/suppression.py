@@ -13,8 +13,12 @@ def suppress(boxes: Tensor, scores: Tensor, iou: float, threshold: float, limit:
     """Indices `(N,)` of the boxes that stay, best score first, N <= `limit`.
 
     Boxes `(K, 4)` xyxy and scores `(K,)` of one class. A box goes where it overlaps a better one by more
-    than `iou`, or where its score is not above `threshold`.
+    than `iou`, or where its score is not above `threshold`. An `iou` of 1 suppresses nothing, and no operator
+    for it is exported.
     """
+    if iou >= 1:
+        best, order = scores.topk(min(limit, scores.shape[0]))
+        return order[(best > threshold).nonzero().squeeze(1)]
     script: Any = torch.jit  # its functions have no annotations
     if script.is_tracing() and not torch.onnx.is_in_onnx_export():
         return _suppressed(boxes, scores, iou, threshold, limit)  # TorchScript holds no Python functions

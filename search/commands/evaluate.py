@@ -23,6 +23,7 @@ from search.commands.options import (
     Storage,
     Threads,
     overrides,
+    tell_licence,
 )
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def evaluate(
 
     changes = overrides(data, checkpoint, threads=threads, seed=seed) | {"name": study}
     settings = load_config(config, changes)
+    tell_licence(settings.model)
     if hint not in (None, "f32", "bf16"):
         raise InputError("--hint", hint, "choose f32 or bf16")
     if hint == "bf16" and (target or settings.target) != "openvino":

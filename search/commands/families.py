@@ -19,6 +19,7 @@ from search.commands.options import (
     benchmark_command,
     overrides,
     say,
+    tell_licence,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def methods(
     report = output / "methods.md"
     settings = [load_config(file, overrides(threads=threads)) for file in config]
     for one in settings:
+        tell_licence(one.model)
         with tempfile.TemporaryDirectory() as folder:
             bench = MethodBench(one.name, one.bench, Path(folder), say)
             facts, run = _facts(list(bench.engines.values()))
@@ -79,6 +81,7 @@ def built(
     from search.benchmarks.built import built_bench, measure_built, write_built
     from search.comparison import facts_of
 
+    tell_licence(model)
     source = DataConfig(format="digits") if data is None else DataConfig(root=data)
     with tempfile.TemporaryDirectory() as folder:
         bench = built_bench(model, source, target, threads or 1, seed or 0, Path(folder))
@@ -109,6 +112,7 @@ def finetune(
 
     changes = overrides(data, checkpoint, threads=threads) | {"finetune.epochs": epochs}
     settings = load_config(config, changes)
+    tell_licence(settings.model)
     if settings.finetune.epochs < 1:
         raise InputError("finetune.epochs", settings.finetune.epochs, "name at least one, or give --epochs")
     bench = Bench(settings.bench)

@@ -23,6 +23,7 @@ from search.commands.options import (
     config_of,
     overrides,
     say,
+    tell_licence,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def finish(
     number = best_within(front_of(opened), max_map_drop).number if trial is None else trial
     expected = _stored_map(opened, number)
     bench = _bench(opened, overrides(data, checkpoint, threads=threads, seed=seed))
+    tell_licence(bench.detector.name)
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
     try:

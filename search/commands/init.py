@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search.commands.hints import command
-from search.commands.options import say
+from search.commands.options import say, tell_licence
 
 if TYPE_CHECKING:
     from evaluators.datasets.split import DetectionSplit
@@ -79,6 +79,7 @@ def init(
         say(f"{role}: {len(split.images)} images, {len(split.annotations)} boxes ({split.name})")
     fit = splits["fit"]
     detector = make_detector(model, len(fit.categories))
+    tell_licence(model)
     network = detector.build()
     if checkpoint is not None:
         checkpoint = checkpoint.expanduser().absolute()

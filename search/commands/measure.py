@@ -23,6 +23,7 @@ from search.commands.options import (
     config_of,
     overrides,
     say,
+    tell_licence,
 )
 
 if TYPE_CHECKING:
@@ -212,6 +213,7 @@ def _settings(
 def _bench(settings: SearchConfig) -> Bench:
     from evaluators.bench import Bench
 
+    tell_licence(settings.model)
     return Bench(settings.bench)
 
 

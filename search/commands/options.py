@@ -98,3 +98,17 @@ def benchmark_command() -> str:
 def say(line: str) -> None:
     """Print a line at once, also into a pipe."""
     print(line, flush=True)
+
+
+def note(line: str) -> None:
+    """Print a line beside the results, to stderr."""
+    print(f"paredown: {line}", file=sys.stderr, flush=True)
+
+
+def tell_licence(model: str) -> None:
+    """Say under which licence a detector is, where it is not Paredown's own."""
+    from spaces.detectors.registry import licence_of
+
+    licence = licence_of(model)
+    if licence is not None:
+        note(f"{model} is {licence}")

@@ -24,6 +24,7 @@ from search.commands.options import (
     Threads,
     overrides,
     say,
+    tell_licence,
 )
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def search(
         "name": study,
     }
     settings = load_config(config, changes)
+    tell_licence(settings.model)
     _ = settings.rungs  # refused before anything is made
     if settings.search.sampler != "front":
         sampler_named(settings.search.sampler)  # before anything is made

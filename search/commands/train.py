@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from search.commands.options import Seed, say
+from search.commands.options import Seed, say, tell_licence
 
 
 def train(
@@ -39,6 +39,7 @@ def train(
 
     torch.set_num_threads(threads)
     settings = BaselineConfig.read(config)
+    tell_licence(settings.model)
     if seed is not None:
         plan = settings.plan.model_copy(update={"seed": seed})
         settings = settings.model_copy(update={"plan": plan})

@@ -68,13 +68,15 @@ class Detector(Protocol):
     Networks are plain modules: `network(images)` takes `(N, 3, H, W)` float32 and returns raw head
     outputs, a tuple of tensors with N first, the same in training and evaluation mode, traceable.
 
-    Three more attributes are looked for, and may be missing:
+    Four more attributes are looked for, and may be missing:
 
     - `multi_label: bool`, True where every pair of a box and a class may become a detection, as in
       torchvision's families; otherwise a box has one label, that of its best class. Boxes may then be
       `(N, A, C, 4)`, one for each class.
     - `postprocess: Postprocess`, what the family's scores ask for; `Postprocess()` where it is missing. A
       configuration's own wins.
+    - `opaque_modules(network) -> Iterable[str]`, names of modules that keep height and width and whose
+      channels stay, as no dependencies can be read from them: attention that is written with views.
     - `class_layers() -> Mapping[str, tuple[int, int]]`, the layers whose output channels are
       `(outer, classes, inner)` in that order, background first among the classes, by name, with outer and
       inner. The classes of a data set can then be taken out of weights that were trained on more.

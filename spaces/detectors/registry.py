@@ -18,6 +18,8 @@ from spaces.detectors.retinanet import (
     RetinaNet,
 )
 from spaces.detectors.ssd import Ssd300, SsdLite
+from spaces.detectors.ultralytics_network import V8, V11, V26, Generation
+from spaces.detectors.ultralytics_yolo import LICENCE, UltralyticsYolo
 from spaces.detectors.yolox import YoloX
 from spaces.errors import InputError
 
@@ -39,6 +41,10 @@ def _retinanet(side: int, variant: DenseVariant) -> tuple[Factory, tuple[int, in
 
 def _fcos(side: int, variant: DenseVariant) -> tuple[Factory, tuple[int, int]]:
     return partial(Fcos, variant=variant), (side, side)
+
+
+def _ultralytics(generation: Generation, scale: str) -> tuple[Factory, tuple[int, int]]:
+    return partial(UltralyticsYolo, generation=generation, scale=scale), (640, 640)
 
 
 # Digits are smaller than what COCO's default boxes are made for.
@@ -65,6 +71,21 @@ DETECTORS: dict[str, tuple[Factory, tuple[int, int]]] = {
     "yolox_m": _yolox(640, 0.67, 0.75),
     "yolox_l": _yolox(640, 1.0, 1.0),
     "yolox_x": _yolox(640, 1.33, 1.25),
+    "yolov8n": _ultralytics(V8, "n"),
+    "yolov8s": _ultralytics(V8, "s"),
+    "yolov8m": _ultralytics(V8, "m"),
+    "yolov8l": _ultralytics(V8, "l"),
+    "yolov8x": _ultralytics(V8, "x"),
+    "yolo11n": _ultralytics(V11, "n"),
+    "yolo11s": _ultralytics(V11, "s"),
+    "yolo11m": _ultralytics(V11, "m"),
+    "yolo11l": _ultralytics(V11, "l"),
+    "yolo11x": _ultralytics(V11, "x"),
+    "yolo26n": _ultralytics(V26, "n"),
+    "yolo26s": _ultralytics(V26, "s"),
+    "yolo26m": _ultralytics(V26, "m"),
+    "yolo26l": _ultralytics(V26, "l"),
+    "yolo26x": _ultralytics(V26, "x"),
 }
 
 
@@ -88,3 +109,9 @@ def make_detector(name: str, num_classes: int, size: tuple[int, int] | None = No
         remedy = f"unknown; choose one of {known}, package.module:Class or file.py:Class"
         raise InputError("model", name, remedy)
     return own_detector(name, num_classes, size)
+
+
+def licence_of(name: str) -> str | None:
+    """What a user must know about the licence of a detector that is not Paredown's own; None where it is."""
+    factory = DETECTORS[name][0] if name in DETECTORS else None
+    return LICENCE if isinstance(factory, partial) and factory.func is UltralyticsYolo else None

@@ -17,16 +17,24 @@ from spaces.errors import InputError
 _WRAPPERS = ("ema", "model", "state_dict")  # keys under which training programs keep the state_dict
 
 
+class MixedFileError(InputError):
+    """A file that holds more than tensors; nothing of it was run."""
+
+
 def load_weights(network: nn.Module, path: Path) -> None:
     """Put the weights of a file into `network`, all of them or none.
 
     Reads `.safetensors`, and PyTorch files (`.pth`, `.pt`, with `weights_only=True`) that hold a state_dict,
-    bare or under `ema`, `model` or `state_dict`. Half-precision weights become those of the network.
+    bare or under `ema`, `model` or `state_dict`. Half-precision weights become those of the network. Where
+    files hold parts that a network does not run, it says so by `spare_weights`, the beginnings of names;
+    where inner layers depend on the number of classes, by `class_branch`, the same for these, and by
+    `class_rows`, the tensor with one row for each class.
 
     Raises:
         InputError: the file is missing, damaged, holds more than tensors, or does not fit the network.
     """
-    weights = _read(path)
+    spare: tuple[str, ...] = getattr(network, "spare_weights", ())
+    weights = {name: value for name, value in read_weights(path).items() if not name.startswith(spare)}
     expected = network.state_dict()
     missing = sorted(k for k in expected.keys() - weights.keys() if not k.endswith("num_batches_tracked"))
     unknown = sorted(weights.keys() - expected.keys())
@@ -36,7 +44,7 @@ def load_weights(network: nn.Module, path: Path) -> None:
         raise InputError("checkpoint", str(path), f"made for another model: {' and '.join(parts)}")
     others = [k for k, value in weights.items() if value.shape != expected[k].shape]
     if others:
-        raise InputError("checkpoint", str(path), _mismatch(others, weights, expected))
+        raise InputError("checkpoint", str(path), _mismatch(network, others, weights, expected))
     broken = [k for k, value in weights.items() if not bool(torch.isfinite(value).all())]
     if broken:
         raise InputError("checkpoint", str(path), f"holds values that are not finite, in {broken[0]} first")
@@ -49,6 +57,11 @@ def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = Non
         name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
         for name, value in network.state_dict().items()
     }
+    write_tensors(tensors, path)
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write contiguous tensors as safetensors, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -58,7 +71,13 @@ def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = Non
         draft.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file, as `load_weights` takes it, by name.
+
+    Raises:
+        MixedFileError: the file holds more than tensors.
+        InputError: it is missing, damaged, or holds no state_dict.
+    """
     if not path.is_file():
         raise InputError("checkpoint", str(path), "no such file")
     try:
@@ -66,9 +85,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise InputError(
-            "checkpoint", str(path), "holds more than tensors and was not run; save its state_dict alone"
-        ) from None
+        remedy = "holds more than tensors and was not run; save its state_dict alone, or see paredown convert"
+        raise MixedFileError("checkpoint", str(path), remedy) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
         raise InputError("checkpoint", str(path), "is no weights file, or a damaged one") from None
     for wrapper in _WRAPPERS:
@@ -82,8 +100,13 @@ def _read(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _mismatch(others: list[str], weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+def _mismatch(
+    network: nn.Module, others: list[str], weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> str:
     """Say what differs; where only the first axis of biased layers does, that is the number of classes."""
+    branch, rows = getattr(network, "class_branch", None), getattr(network, "class_rows", None)
+    if isinstance(branch, str) and rows in others and all(name.startswith(branch) for name in others):
+        return f"has {len(weights[rows])} classes, the data set has {len(expected[rows])}"
     first = others[0]
     ours, theirs = tuple(expected[first].shape), tuple(weights[first].shape)
     only_outputs = all(
