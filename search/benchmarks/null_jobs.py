@@ -45,6 +45,12 @@ class _Counting:
     def progress(self, job: Job, report: StageReport) -> None:
         pass
 
+    def rung(self, job: Job, report: StageReport) -> bool:
+        return False
+
+    def stopped(self, job: Job) -> None:
+        pass
+
     def done(self, job: Job, result: dict[str, Any]) -> None:
         self.over += 1
         self.cpu.append(time.process_time())
