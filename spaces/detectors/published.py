@@ -50,7 +50,7 @@ def weights_file(model: str, given: Path) -> Path:
 
 def _address(model: str, name: str) -> str:
     try:
-        offered = get_model_weights(model)
+        offered = get_model_weights(model.removesuffix("_stretch"))
     except ValueError:
         raise InputError("checkpoint", name, f"torchvision publishes none for {model}; name a file") from None
     if name not in offered.__members__:

@@ -53,7 +53,9 @@ _DIGITS_SCALES = (0.09, 0.18, 0.33, 0.5, 0.65, 0.8, 1.0)
 # Name -> how it is made, and the size that it is made for. A new detector is one line here.
 DETECTORS: dict[str, tuple[Factory, tuple[int, int]]] = {
     "ssd300_vgg16": (Ssd300, (300, 300)),
+    "ssd300_vgg16_stretch": (partial(Ssd300, fit="stretch"), (300, 300)),
     "ssdlite320_mobilenet_v3_large": (SsdLite, (320, 320)),
+    "ssdlite320_mobilenet_v3_large_stretch": (partial(SsdLite, fit="stretch"), (320, 320)),
     "ssdlite_digits": (partial(SsdLite, scales=_DIGITS_SCALES), (224, 224)),
     "fasterrcnn_digits": _faster_rcnn(160, DIGITS),
     "fasterrcnn_mobilenet_v3_large_320_fpn": _faster_rcnn(320, MOBILENET_320),

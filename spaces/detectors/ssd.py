@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,10 @@ _SMALLEST = 64  # pixels
 
 
 class _Ssd(ABC):
-    """What both have in common. Images are stretched to the input, as torchvision's weights have seen them.
+    """What both have in common.
+
+    torchvision's own weights saw their images stretched to the input; `fit="stretch"` does so here, too. What
+    serves the exported file must then do the same, where all other files take letterboxed images.
 
     Raw outputs are class logits `(N, A, 1 + C)`, background first, and box codes `(N, A, 4)`; A counts the
     default boxes of all levels, finest first.
@@ -143,11 +146,16 @@ class SsdLite(_Ssd):
     _predictor = ".1"
 
     def __init__(
-        self, name: str, num_classes: int, size: tuple[int, int], scales: Sequence[float] | None = None
+        self,
+        name: str,
+        num_classes: int,
+        size: tuple[int, int],
+        scales: Sequence[float] | None = None,
+        fit: Literal["letterbox", "stretch"] = "letterbox",
     ) -> None:
         self._scales = scales
         half = (0.5, 0.5, 0.5)
-        look = Preprocess(size=size, scale=SCALE, mean=half, std=half, fit="stretch")
+        look = Preprocess(size=size, scale=SCALE, mean=half, std=half, fit=fit)
         super().__init__(name, num_classes, look, Postprocess(score_threshold=0.001, nms_iou=0.55))
 
     def _model(self) -> Any:
@@ -196,9 +204,15 @@ class Ssd300(_Ssd):
 
     _predictor = ""
 
-    def __init__(self, name: str, num_classes: int, size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_classes: int,
+        size: tuple[int, int],
+        fit: Literal["letterbox", "stretch"] = "letterbox",
+    ) -> None:
         mean, unit = (0.48235, 0.45882, 0.40784), (SCALE, SCALE, SCALE)
-        look = Preprocess(size=size, scale=SCALE, mean=mean, std=unit, fit="stretch")
+        look = Preprocess(size=size, scale=SCALE, mean=mean, std=unit, fit=fit)
         super().__init__(name, num_classes, look, Postprocess(score_threshold=0.01, nms_iou=0.45))
 
     def _model(self) -> Any:
