@@ -12,6 +12,8 @@ from evaluators.rewriting import copied, replace_nodes, without_unread
 FOLLOWERS = {"Sigmoid", "Mul", "Add", "Relu", "HardSwish", "HardSigmoid", "Clip", "LeakyRelu", "Concat"}
 FOLLOWERS |= {"MaxPool", "Resize", "Slice"}
 """Operations that run in bfloat16 between bfloat16 layers. Decoding and suppression stay float32."""
+PLACED = {"Resize", "Slice"}
+"""Of these only the first input is computed with; the others say where, in integers or a type of their own."""
 
 
 def in_bfloat16(graph: onnx.ModelProto, layers: frozenset[str]) -> onnx.ModelProto:
@@ -36,8 +38,8 @@ def in_bfloat16(graph: onnx.ModelProto, layers: frozenset[str]) -> onnx.ModelPro
 
     for node in graph.graph.node:
         inside = _key(node) in chosen
-        for position, name in enumerate(node.input):
-            if not name or (node.op_type == "Resize" and position > 0):
+        for position, name in enumerate(_values(node)):
+            if not name:
                 continue
             if inside and name in tensors:
                 node.input[position] = _stored_half(graph, tensors[name])
@@ -88,7 +90,7 @@ def _bfloat16_nodes(graph: onnx.ModelProto, layers: frozenset[str]) -> set[str]:
         for node in followers:
             if _key(node) not in joined:
                 continue
-            sources = [producers[name] for name in node.input if name in producers]
+            sources = [producers[name] for name in _values(node) if name in producers]
             tensors = [s for s in sources if s.op_type != "Constant"]
             around = {_key(n) for n in tensors} | {
                 _key(n) for name in node.output for n in readers.get(name, [])
@@ -110,6 +112,11 @@ def _stored_half(graph: onnx.ModelProto, tensor: onnx.TensorProto) -> str:
         values = numpy_helper.to_array(tensor)
         graph.graph.initializer.append(numpy_helper.from_array(values.astype(ml_dtypes.bfloat16), name))
     return name
+
+
+def _values(node: onnx.NodeProto) -> list[str]:
+    """The inputs that a node computes with."""
+    return list(node.input[:1] if node.op_type in PLACED else node.input)
 
 
 def _key(node: onnx.NodeProto) -> str:
