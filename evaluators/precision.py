@@ -13,7 +13,7 @@ FOLLOWERS = {"Sigmoid", "Mul", "Add", "Relu", "HardSwish", "HardSigmoid", "Clip"
 FOLLOWERS |= {"MaxPool", "Resize", "Slice"}
 """Operations that run in bfloat16 between bfloat16 layers. Decoding and suppression stay float32."""
 PLACED = {"Resize", "Slice"}
-"""Of these only the first input is computed with; the others say where, in integers or a type of their own."""
+"""Of these only the first input is computed with; the others say where, in types of their own."""
 
 
 def in_bfloat16(graph: onnx.ModelProto, layers: frozenset[str]) -> onnx.ModelProto:
