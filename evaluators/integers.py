@@ -14,7 +14,6 @@ from onnx import helper, numpy_helper
 
 from evaluators.graph import layer_of
 from evaluators.rewriting import constant, copied, replace_nodes, without_unread
-from evaluators.saturation import flat_ends
 
 if TYPE_CHECKING:  # torch is behind it
     from evaluators.calibration import LayerRanges, Range
@@ -71,15 +70,13 @@ def quantized(
         layers: ranges of the layers to quantise, by module name.
         outputs_too: as ONNX Runtime wants it: what the layers produce is quantised as well, for it fuses
             only such layers, and its kernels have one scale a tensor, so those of channels are taken into
-            the scales of weights. Ends of a range that an activation function makes flat get no integers.
-            OpenVINO would lose accuracy for nothing.
+            the scales of weights. OpenVINO would lose accuracy for nothing.
         weight_levels: of weights to either side of 0, see `evaluators.signature.int8_weight_levels`; a
             layer may ask for fewer.
     """
     graph = copied(graph)
     writer = _Writer(graph, weight_levels)
     apart = written_apart(graph, layers) if outputs_too else frozenset()
-    flat = flat_ends(graph) if outputs_too else {}
     renamed: dict[str, str] = {}
     for node in graph.graph.node:
         for position, name in enumerate(node.input):
@@ -93,8 +90,8 @@ def quantized(
         if not outputs_too:
             writer.weigh(node, ranges, folded)
             continue
-        spans = (ranges.written_by_channel if layer in apart else ()) or (ranges.written,)
-        writing = Reading(tuple(flat[produced].cut(span) for span in spans) if produced in flat else spans)
+        writing = Reading(ranges.written_by_channel if layer in apart else ())
+        writing = writing if writing.spans else Reading((ranges.written,))
         folded = folded * writer.shift(node, writing)
         writer.weigh(node, ranges, folded)
         renamed[produced] = writer.written(produced, writing)
