@@ -137,7 +137,7 @@ def test_the_search_ends_with_a_front_and_the_next_commands(folder: Path, search
 
 @pytest.mark.slow
 def test_the_front_is_one(front: list[dict[str, Any]], folder: Path) -> None:
-    assert len(front) >= 2
+    assert any(not row["is_base"] for row in front)
     for row in front:
         assert row["split"] == str(folder / "digits" / "annotations" / "select.json")
         assert Path(row["artifact"]).stat().st_size / 1e6 == pytest.approx(row["size_mb"], abs=1e-3)

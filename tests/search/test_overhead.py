@@ -204,6 +204,6 @@ def test_the_report_says_what_is_not_kept(tmp_path: Path) -> None:
 def test_real_workers_that_sleep(search: MadeUpSearch, pool: Pool) -> None:
     found = run_sleepers(search, Work(0.4), 2, 4, lambda line: None)
     assert (found.workers, found.trials) == (2, 4)
-    assert found.seconds["training"] == pytest.approx(4 * 0.91 * 0.4, rel=0.5)
+    assert 0.95 * 4 * 0.91 * 0.4 <= found.seconds["training"] <= 2 * found.span_s  # a busy machine oversleeps
     assert 0 < found.useful < 1
     assert sum(found.seconds.values()) == pytest.approx(2 * found.span_s)

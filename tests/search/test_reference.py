@@ -45,6 +45,7 @@ def bench_here(folder: Path, fingerprint: dict[str, Any]) -> Any:
         target=SimpleNamespace(prepare=prepare),
         config=SimpleNamespace(threads=1, latency=LatencyConfig(min_rounds=8, max_rounds=8)),
         timing_inputs=[np.zeros((1, 3, 2, 2), np.float32)],
+        base_timing_inputs=[np.zeros((1, 3, 2, 2), np.float32)],
         loaded=loaded,
     )
     bench.timed = partial(Bench.timed, bench)
