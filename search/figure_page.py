@@ -10,7 +10,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import plotly.io
 
-from search.figure_frame import BASE, FRONT, PEER, TRIAL, Frame, frame_of
+from search.figure_frame import BASE, FRONT, OTHERS, PEER, TRIAL, Frame, frame_of
 from search.heat_map import HeatMap
 from search.heat_picture import heat_figure
 from search.report import (
@@ -112,7 +112,7 @@ def _figure(frame: Frame, peers: Sequence[Peer]) -> go.Figure:
         x=[trial.latency_ms for trial in frame.trials],
         y=[trial.map for trial in frame.trials],
         mode="markers",
-        name="other trials",
+        name=OTHERS,
         marker={"color": TRIAL, "size": 6, "opacity": 0.5},
         text=[f"trial {t.number}<br>mAP {t.map:.1f}<br>{t.latency_ms:.2f} ms" for t in frame.trials],
         hoverinfo="text",

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from search.figure_frame import BASE, FRONT, PEER, TRIAL, Frame, frame_of
+from search.figure_frame import BASE, FRONT, OTHERS, PEER, TRIAL, Frame, frame_of
 from search.report import FrontRow, Peer, TrialPoint
 
 PEER_MARKERS = "sD^vPX<>"
@@ -49,7 +49,7 @@ def front_png(
         alpha=0.55,
         linewidths=0,
         zorder=2,
-        label="other trials" if frame.visible_trials else None,
+        label=OTHERS if frame.visible_trials else None,
     )
     axes.plot(*zip(*frame.line, strict=True), color=FRONT, linewidth=1.2, alpha=0.7, zorder=3)
     _draw_models(axes, frame, peers)
@@ -78,7 +78,7 @@ def front_png(
 
 
 def _legend_place(name: str) -> int:
-    return {"base": 0, "front": 1, "other trials": 3}.get(name, 2)
+    return {"base": 0, "front": 1, OTHERS: 3}.get(name, 2)
 
 
 def _draw_axes(axes: Axes, frame: Frame) -> None:
