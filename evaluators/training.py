@@ -201,6 +201,7 @@ def _epochs(
         batch_size=None,
         sampler=range(done, plan.epochs),
         num_workers=loaders,
+        multiprocessing_context="spawn",  # a fork of a process with engines' threads in it may crash
         prefetch_factor=1,
         collate_fn=_as_it_is,
     )
