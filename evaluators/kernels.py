@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 
@@ -28,6 +29,11 @@ def fell_back(bits: Mapping[str, int], kernels: Mapping[str, str], native: Seque
         for layer, kind in asked.items()
         if kernels.get(layer, kind) != kind
     }
+
+
+def by_kind(kernels: Mapping[str, str]) -> dict[str, int]:
+    """Number of kernels of each type, of what `Session.kernels` says."""
+    return dict(sorted(Counter(kernels.values()).items()))
 
 
 def unseen(bits: Mapping[str, int], kernels: Mapping[str, str]) -> list[str]:

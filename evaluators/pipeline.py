@@ -18,7 +18,7 @@ from evaluators.evaluation import Evaluation, Measurement
 from evaluators.exported import ModelCard, model_in
 from evaluators.finetune import fine_tune, recalibrate_norms
 from evaluators.jobs import Job, StageReport
-from evaluators.kernels import fell_back, stored_and_run, unseen
+from evaluators.kernels import by_kind, fell_back, stored_and_run, unseen
 from evaluators.latency import PairedLatency
 from evaluators.memory import peak_memory_mb
 from evaluators.parity import require_parity
@@ -325,9 +325,8 @@ class CandidateWorker:
 
 def _kernels(kernels: dict[str, str], bits: dict[str, int], native: Sequence[int]) -> dict[str, Any]:
     """Number of executed kernels by precision, and the layers that do not run as the recipe says."""
-    kinds = list(kernels.values())
     return {
-        "kernels": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "kernels": by_kind(kernels),
         "fell_back": fell_back(bits, kernels, native),
         "unseen": unseen(bits, kernels),
     }

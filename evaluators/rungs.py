@@ -63,7 +63,7 @@ class TrialRungs:
     def _key(self) -> str:
         """What a checkpoint must have been made for; the folder may hold one of a study that is gone."""
         bench = self._bench
-        return json.dumps([self._recipe.key, self._seed, bench.config.finetune.runs_in, bench.fingerprint()])
+        return json.dumps([self._recipe.key, self._seed, bench.fingerprint()])
 
     def begin(self, clock: StageClock) -> Iterator[StageReport]:
         """Before the training: the one-shot rung or, of an interrupted trial, its last rung once more."""
@@ -115,7 +115,6 @@ class TrialRungs:
     def _figures(self, network: nn.Module, learned: dict[str, Any]) -> dict[str, float]:
         """Of a copy of the network, which is taken over."""
         bench, folder = self._bench, self._folder / _EXPORT
-        network.to(memory_format=torch.contiguous_format)
         network.eval().requires_grad_(False)
         draft = replace(self._draft, network=network)
         bits = bits_by_layer(self._recipe, bench.sites)

@@ -11,6 +11,7 @@ import torch
 
 from evaluators.bench import Bench, BenchConfig
 from evaluators.datasets.base import DataConfig, load_splits
+from evaluators.kernels import by_kind
 from evaluators.latency import measure_many
 from search.benchmarks.method_recipes import together
 from search.benchmarks.recipes import exported
@@ -105,7 +106,6 @@ def measure_built(
     whole = total_macs(bench.identity, bench.sites)
     rows = []
     for name, one in made.items():
-        kinds = list(one.session.kernels().values())
         found = paired[name]
         rows.append(
             Built(
@@ -116,7 +116,7 @@ def measure_built(
                 high=found.high,
                 ms=found.candidate_ms.p50,
                 size_mb=one.file.stat().st_size / 1e6,
-                kernels={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+                kernels=by_kind(one.session.kernels()),
             )
         )
     return rows

@@ -15,7 +15,7 @@ from evaluators.bench import Bench, BenchConfig, LatencyConfig
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard, model_in
 from evaluators.jobs import Job
-from evaluators.kernels import fell_back
+from evaluators.kernels import by_kind, fell_back
 from evaluators.pipeline import CandidateWorker
 from evaluators.targets.base import Detections, Session
 from search.benchmarks.method_recipes import recipe_of
@@ -208,7 +208,6 @@ class MethodBench:
         figures, found = self._scored(bench, session)
         with bench.slot.computing():
             kernels = session.kernels()
-        kinds = list(kernels.values())
         asked = by_part(draft.network, bits)
         return (
             InEngine(
@@ -219,7 +218,7 @@ class MethodBench:
                 stable=paired.stable,
                 map=figures["map"],
                 size_mb=_megabytes(file.parent),
-                kernels={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+                kernels=by_kind(kernels),
                 fell_back=len(fell_back(asked, kernels, bench.capabilities.bit_widths)),
             ),
             found,

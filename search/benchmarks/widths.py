@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from evaluators.accuracy import map_difference_interval, score_session
 from evaluators.bench import Bench
 from evaluators.calibration import QuantizationPlan
 from evaluators.datasets.split import DetectionSplit
-from evaluators.kernels import fell_back, stored_and_run
+from evaluators.kernels import by_kind, fell_back, stored_and_run
 from evaluators.targets.base import Detections
 from search.benchmarks.recipes import exported
 from search.benchmarks.reports import table, write
@@ -135,7 +134,7 @@ def costs(
                 figures["map"],
                 difference,
                 made.file.stat().st_size / 1e6,
-                dict(sorted(Counter(kernels.values()).items())),
+                by_kind(kernels),
                 stored_and_run(bits, made.packed, kernels),
                 fell_back(bits, kernels, bench.capabilities.bit_widths),
                 None if latency is None else (latency.ratio, latency.low, latency.high),

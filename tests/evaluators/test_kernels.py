@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from evaluators.export import export_graph
 from evaluators.graph import layer_nodes, tensor_part
 from evaluators.integers import quantized
-from evaluators.kernels import fell_back, kernel_of, unseen
+from evaluators.kernels import by_kind, fell_back, kernel_of, unseen
 from evaluators.targets.onnx_target import OnnxTarget, by_layer
 from evaluators.targets.registry import TARGETS
 from evaluators.testing import CATEGORIES, DETECTOR, example_graph, images, layers, network, ranges
@@ -109,3 +109,8 @@ def test_the_tensor_part_of_a_lowered_graph_holds_all_layers(name: str) -> None:
     cut = tensor_part(lowered.graph)
     assert sorted(layer_nodes(cut).values()) == sorted(layers())
     assert len(cut.graph.node) < len(lowered.graph.graph.node)
+
+
+def test_kernels_are_counted_by_type() -> None:
+    assert by_kind({"a": "i8", "b": "f32", "c": "i8"}) == {"f32": 1, "i8": 2}
+    assert list(by_kind({"a": "i8", "b": "bf16"})) == ["bf16", "i8"]
