@@ -10,6 +10,7 @@ from pathlib import Path
 import openvino as ov
 
 from evaluators.bench import Bench
+from evaluators.targets.openvino_cpu import engine
 from spaces.errors import InputError
 
 CALIBRATION_IMAGES = 300
@@ -64,7 +65,7 @@ def _quantisers() -> dict[str, Callable[[Bench, Path], ov.Model]]:
         preset: nncf.QuantizationPreset, convolutions_only: bool
     ) -> Callable[[Bench, Path], ov.Model]:
         def make(bench: Bench, base: Path) -> ov.Model:
-            model = ov.Core().read_model(base)
+            model = engine().read_model(base)
             outside = [
                 op.get_friendly_name()
                 for op in model.get_ordered_ops()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,17 @@ KERNELS = {
 """The plugin's names of convolutions and products."""
 
 
+@cache
+def engine() -> ov.Core:
+    """The one OpenVINO of this process, which lives as long as the process.
+
+    Where the CPU has AMX each one puts a signal stack of its own in the place of the last. Two that do not
+    end in the reverse order of their beginning leave a stack that is unmapped (plugin.cpp, SigAltStackSetup),
+    and the next signal, a child's end will do, kills the process without a word.
+    """
+    return ov.Core()
+
+
 class OpenVino(OnnxTarget):
     """The CPU plugin, latency mode, one stream.
 
@@ -43,7 +54,7 @@ class OpenVino(OnnxTarget):
     @cached_property
     def capabilities(self) -> Capabilities:
         """What the plugin reports for this CPU: where it has no bfloat16, that would run as float32."""
-        able = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = engine().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         widths = {32: "FP32", 16: "BF16", 8: "INT8"}
         native = tuple(bits for bits, kind in widths.items() if kind in able)
         return Capabilities(native, channel_granule=8, depthwise_by_channel=True)
@@ -90,7 +101,7 @@ class OpenVinoSession:
 
     def __init__(self, model: Path, threads: int, hint: str) -> None:
         self._model, self._settings = model, _settings(threads, hint)
-        compiled = ov.Core().compile_model(str(model), "CPU", self._settings)
+        compiled = engine().compile_model(str(model), "CPU", self._settings)
         self._request = compiled.create_infer_request()
         names = {name: k for k, output in enumerate(compiled.outputs) for name in output.get_names()}
         self._places = tuple(names[name] for name in ("boxes", "scores", "labels"))
@@ -109,7 +120,7 @@ class OpenVinoSession:
     @cached_property
     def _profile(self) -> dict[str, str]:
         settings = self._settings | {"PERF_COUNT": True}
-        request = ov.Core().compile_model(str(self._model), "CPU", settings).create_infer_request()
+        request = engine().compile_model(str(self._model), "CPU", settings).create_infer_request()
         shape = request.get_input_tensor(0).shape
         request.infer([np.zeros(shape, np.float32)])
         profile = {
@@ -124,7 +135,7 @@ class OpenVinoTensorPart:
     """A compiled graph that ends before decoding."""
 
     def __init__(self, model: Path, threads: int, hint: str) -> None:
-        compiled = ov.Core().compile_model(str(model), "CPU", _settings(threads, hint))
+        compiled = engine().compile_model(str(model), "CPU", _settings(threads, hint))
         self._request = compiled.create_infer_request()
 
     def run(self, images: NDArray[np.float32]) -> None:
