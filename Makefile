@@ -28,7 +28,7 @@ test: setup  ## lint, types, layers, tests
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 dashboard: setup  ## look at the studies in a browser, on this machine only
 	$(BIN)/paredown dashboard
