@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from evaluators.bias import BIAS_IMAGES, correct_biases
 from evaluators.calibration import LayerRanges, QuantizationPlan, calibrate
 from evaluators.datasets.base import DataConfig, DetectionSplit, load_split, load_splits
-from evaluators.datasets.letterbox import LetterboxedImages, network_input
+from evaluators.datasets.letterbox import LetterboxedImages, network_input, spread
 from evaluators.evaluation import RESULT_VERSION
 from evaluators.exported import ModelCard, Runtime, card_categories
 from evaluators.finetune import FineTunePlan
@@ -166,7 +166,7 @@ class Bench:
 
     def inputs(self, images: LetterboxedImages, count: int) -> list[NDArray[np.float32]]:
         """`count` network inputs `(1, 3, H, W)`, evenly spread over the images."""
-        picked = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
+        picked = spread(len(images), count)
         return [network_input(images.pixels[k : k + 1], self.detector.preprocess) for k in picked]
 
     def batch(self, images: LetterboxedImages, count: int) -> Tensor:

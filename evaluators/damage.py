@@ -5,21 +5,20 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from evaluators.bench import Bench
 from evaluators.calibration import LayerRanges, narrowed
 from evaluators.finetune import measure_norms
 from evaluators.rounding import round_layer
 from evaluators.signature import int8_weight_levels
+from evaluators.size_damage import SizeDamage
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
 from spaces.effects import bits_by_layer, codebooks_by_layer, integers_by_layer
-from spaces.inputs import Size
 from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
-from spaces.recipe import Recipe
+from spaces.recipe import Recipe, Resize
 
 IMAGES = 12
 
@@ -35,9 +34,10 @@ class Damage:
         with bench.slot.computing(), torch.no_grad():
             self._images = bench.batch(bench.fit, images)
             self._outputs: Outputs = bench.base(self._images)
-            repaired: Outputs = self._repaired(copy.deepcopy(bench.base), self._images)(self._images)
+            repaired: Outputs = self._repaired(copy.deepcopy(bench.base))(self._images)
             self._repaired_outputs = repaired
         self._ranges: dict[str, LayerRanges] = {}
+        self._sizes = SizeDamage(bench, images)
 
     def of(self, recipe: Recipe) -> float:
         """The distance that a recipe causes; 0 for the identity.
@@ -49,13 +49,14 @@ class Damage:
         look the largest. They are compared with the base treated likewise: what the few images themselves do
         to its statistics is larger than the damage of many a choice.
 
-        Outputs at two sizes of the input do not compare. A smaller input counts by what it takes away from
-        what the base sees: the images are made as coarse and looked at in full size.
+        The damage of a smaller input, see `SizeDamage`, adds to that of the other choices.
         """
         bench = self._bench
+        if recipe.of_kind(Resize):
+            others = tuple(choice for choice in recipe.choices if not isinstance(choice, Resize))
+            return self.of(recipe.model_copy(update={"choices": others})) + self._sizes.of(recipe)
         draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
-        images = self._images if draft.size is None else coarser(self._images, draft.size)
-        network = self._repaired(draft.network, images) if draft.changed else draft.network
+        network = self._repaired(draft.network) if draft.changed else draft.network
         widths = by_part(network, bits_by_layer(recipe, bench.sites))
         bits = {layer: width for layer, width in widths.items() if width < 32}
         ranges: dict[str, LayerRanges] = {}
@@ -73,10 +74,10 @@ class Damage:
                 _round(network.get_submodule(layer), width, ranges.get(layer))
         wanted = self._repaired_outputs if draft.changed else self._outputs
         with torch.no_grad():
-            return float(bench.detector.distillation(network(images), wanted))
+            return float(bench.detector.distillation(network(self._images), wanted))
 
-    def _repaired(self, network: nn.Module, images: Tensor) -> nn.Module:
-        measure_norms(network, [images])
+    def _repaired(self, network: nn.Module) -> nn.Module:
+        measure_norms(network, [self._images])
         return network
 
     def _ranges_of(self, network: nn.Module, layers: list[str]) -> dict[str, LayerRanges]:
@@ -85,16 +86,6 @@ class Damage:
             self._ranges = self._bench.ranges(self._bench.base, list(self._bench.sites.facts))
         factors = self._bench.ranges(network, [layer for layer in layers if layer not in self._ranges])
         return {layer: factors.get(layer) or self._ranges[layer] for layer in layers}
-
-
-def coarser(images: Tensor, size: Size) -> Tensor:
-    """Images `(N, 3, H, W)` with the detail that is left when they are scaled to fit a smaller size."""
-    height, width = images.shape[2:]
-    scale = min(size[0] / height, size[1] / width)
-    small = F.interpolate(
-        images, size=(round(height * scale), round(width * scale)), mode="bilinear", antialias=True
-    )
-    return F.interpolate(small, size=(height, width), mode="bilinear")
 
 
 def _round(layer: nn.Module, width: int, ranges: LayerRanges | None) -> None:

@@ -71,6 +71,11 @@ def network_input(pixels: NDArray[np.uint8], preprocess: Preprocess) -> NDArray[
     return images
 
 
+def spread(total: int, count: int) -> NDArray[np.int64]:
+    """Up to `count` positions among `total`, evenly spread, the first and the last one included."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64))
+
+
 class LetterboxedImages:
     """The images of a split at one size. Pickles as paths, so that it travels to workers cheaply.
 

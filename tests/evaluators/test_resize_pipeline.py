@@ -11,13 +11,13 @@ import torch
 
 from evaluators.accuracy import score_session
 from evaluators.bench import SpaceConfig
-from evaluators.damage import coarser
 from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard
 from evaluators.jobs import Job
 from evaluators.pipeline import CandidateWorker
 from evaluators.resized import DISTILLED
+from evaluators.size_damage import equivalent, shaken
 from evaluators.targets.base import Detections
 from spaces.apply import rebuild, same_state
 from spaces.effects import bits_by_layer, total_macs
@@ -129,18 +129,26 @@ def test_damage_grows_as_the_input_shrinks(worker: CandidateWorker) -> None:
     none, mild, strong, more = (last.result["damage"][recipe.key] for recipe in recipes)
     assert none == pytest.approx(0.0, abs=1e-6)
     assert 0 < mild < strong
-    assert mild < more
+    alone = Recipe(detector=NAME, choices=pruned)
+    *_, last = worker.run(Job(kind="damage", name="more", payload={"recipes": [alone.to_json()]}))
+    assert last.result is not None
+    assert more == pytest.approx(mild + last.result["damage"][alone.key], rel=1e-4)
 
 
-def test_coarser_images_lose_detail_and_keep_their_place() -> None:
-    plain = torch.full((1, 3, 64, 96), 7.0)
-    assert torch.allclose(coarser(plain, (32, 64)), plain)
-    stripes = torch.arange(64).remainder(2).float().expand(1, 3, 64, 64) * 2
-    assert torch.allclose(coarser(stripes, (32, 32))[..., 8:-8], torch.tensor(1.0), atol=0.05)
-    left = torch.zeros(1, 1, 64, 64)
-    left[..., :32] = 1.0
-    blurred = coarser(left, (32, 32))
-    assert torch.equal(blurred.round(), left)
+def test_a_loss_stands_for_the_distance_of_a_network_that_loses_as_much() -> None:
+    losses, distances = [1.0, 0.5, 4.0], [2.0, 3.0, 9.0]  # the second loss is taken for 1, too
+    assert equivalent(-0.1, losses, distances) == 0.0
+    assert equivalent(0.5, losses, distances) == pytest.approx(1.0)
+    assert equivalent(2.5, losses, distances) == pytest.approx(6.0)  # half way from 3 to 9
+    assert equivalent(8.0, losses, distances) == pytest.approx(18.0)
+    assert equivalent(0.1, [-1.0, -2.0], [2.0, 5.0]) == 5.0
+
+
+def test_shaking_disturbs_more_the_stronger_it_is(worker: CandidateWorker) -> None:
+    base, images = worker.bench.base, worker.bench.batch(worker.bench.fit, 2)
+    apart = [float((shaken(base, s)(images)[0] - base(images)[0]).abs().mean()) for s in (0.0, 0.05, 0.2)]
+    assert apart[0] == 0.0
+    assert 0.0 < apart[1] < apart[2]
 
 
 def test_a_probe_times_the_smaller_input(worker: CandidateWorker) -> None:
