@@ -37,7 +37,7 @@ class Damage:
             repaired: Outputs = self._repaired(copy.deepcopy(bench.base))(self._images)
             self._repaired_outputs = repaired
         self._ranges: dict[str, LayerRanges] = {}
-        self._sizes = SizeDamage(bench, images)
+        self._sizes = SizeDamage(bench)
 
     def of(self, recipe: Recipe) -> float:
         """The distance that a recipe causes; 0 for the identity.

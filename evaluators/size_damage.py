@@ -16,6 +16,7 @@ from evaluators.finetune import measure_norms
 from spaces.detectors.base import Detector, Labels
 from spaces.recipe import Recipe
 
+IMAGES = 32
 SHAKEN = (0.05, 0.1, 0.2, 0.4)
 """Standard deviations of the noise on weights, over those of the weights of a layer."""
 
@@ -29,10 +30,10 @@ class SizeDamage:
 
     Args:
         bench: at the study's size.
-        count: images of fit that are looked at.
+        count: images of fit that are looked at; a loss needs more of them than a distance.
     """
 
-    def __init__(self, bench: Bench, count: int) -> None:
+    def __init__(self, bench: Bench, count: int = IMAGES) -> None:
         self._bench = bench
         self._picked = [int(k) for k in spread(len(bench.fit), count)]
 
@@ -49,10 +50,11 @@ class SizeDamage:
         fit, look = self._bench.fit, detector.preprocess
         pixels, labels = [], []
         for k in self._picked:
-            picture, scale = letterbox(decode(fit.split.images[k]), look.size, look.pad_value)
+            picture, scale = letterbox(decode(fit.split.images[k]), look.size, look.pad_value, look.fit)
             found = fit.labels(k)
             pixels.append(picture)
-            labels.append(Labels(found.boxes * (scale / float(fit.scales[k])), found.classes))
+            across_and_down = torch.from_numpy(scale / fit.scales[k]).float()
+            labels.append(Labels(found.boxes * across_and_down.repeat(2), found.classes))
         return torch.from_numpy(network_input(np.stack(pixels), look)), labels
 
     def _loss(

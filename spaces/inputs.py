@@ -18,9 +18,12 @@ INPUT = "input"
 STEP = 32
 """Of what sizes are multiples: the coarsest stride of common detectors."""
 EIGHTHS = (7, 6, 5, 4)
-"""Shares of the own size that are on offer. At less than half of it small objects are gone."""
+"""Shares of both sides that are on offer. At less than half of them small objects are gone."""
+ONE_SIDE = (15 / 16, 7 / 8, 3 / 4)
+"""Shares of one side alone: where images are wider than they are high, or the other way round, much of it is
+padding."""
 BENT = 0.125
-"""How far height over width may leave its own value: what is beyond would be spent on padding."""
+"""How far height over width may leave its own value where both sides shrink."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,18 @@ def shown_size(size: Size) -> str:
 
 
 def smaller_sizes(size: Size) -> tuple[Size, ...]:
-    """The multiples of `STEP` nearest to some eighths of a size, the largest first; fewer for small sizes."""
-    found = []
-    for eighths in EIGHTHS:
-        height, width = (int(side * eighths / 8 / STEP + 0.5) * STEP for side in size)
-        if not height or not width or height >= size[0] or width >= size[1]:
-            continue
-        if abs(height * size[1] / (width * size[0]) - 1) <= BENT:
-            found.append((height, width))
-    return tuple(dict.fromkeys(found))
+    """Multiples of `STEP` near shares of both sides or of one, the largest area first."""
+    height, width = size
+    both = ((_near(height * eighths / 8), _near(width * eighths / 8)) for eighths in EIGHTHS)
+    found = {(h, w) for h, w in both if h and w and abs(h * width / (w * height) - 1) <= BENT}
+    found |= {(_near(height * share), width) for share in ONE_SIDE if width % STEP == 0}
+    found |= {(height, _near(width * share)) for share in ONE_SIDE if height % STEP == 0}
+    smaller = [(h, w) for h, w in found if 0 < h <= height and 0 < w <= width and (h, w) != size]
+    return tuple(sorted(smaller, key=lambda sides: (-sides[0] * sides[1], sides)))
+
+
+def _near(side: float) -> int:
+    return int(side / STEP + 0.5) * STEP
 
 
 def input_site(

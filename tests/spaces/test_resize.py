@@ -42,7 +42,7 @@ def base() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def sites(base: nn.Module) -> Sites:
-    """Of a base at 96 x 128, which (64, 96) is offered of: 5/8 of it."""
+    """Of a base at 96 x 128, which (64, 96), 5/8 of it, is offered of, and one side smaller."""
     return find_sites(narrow((96, 128)), base, resized=narrow)
 
 
@@ -69,20 +69,32 @@ class TestResizing(MethodContract):
 @pytest.mark.parametrize(
     ("size", "smaller"),
     [
-        ((416, 416), [(352, 352), (320, 320), (256, 256), (224, 224)]),  # 364, 312, 260, 208
-        ((640, 640), [(576, 576), (480, 480), (416, 416), (320, 320)]),
-        ((300, 300), [(256, 256), (224, 224), (192, 192), (160, 160)]),
-        ((160, 160), [(128, 128), (96, 96)]),  # 140, 120, 100, 80
-        ((320, 416), [(288, 352), (256, 320), (192, 256), (160, 224)]),
-        ((96, 128), [(64, 96)]),  # 7/8 and 3/4 leave the height, 1/2 the aspect: 64 x 64
+        (  # both sides: 364, 312, 260, 208; one: 390, 364, 312
+            (416, 416),
+            [
+                *((384, 416), (416, 384), (352, 416), (416, 352), (320, 416), (416, 320)),
+                *((352, 352), (320, 320), (256, 256), (224, 224)),
+            ],
+        ),
+        ((300, 300), [(256, 256), (224, 224), (192, 192), (160, 160)]),  # whose sides are no multiples
+        ((160, 160), [(128, 160), (160, 128), (128, 128), (96, 96)]),
+        (
+            (320, 416),
+            [
+                *((320, 384), (288, 416), (320, 352), (256, 416), (320, 320)),
+                *((288, 352), (256, 320), (192, 256), (160, 224)),
+            ],
+        ),
+        ((96, 128), [(96, 96), (64, 128), (64, 96)]),  # 1/2 of both leaves the aspect: 64 x 64
         ((32, 32), []),
     ],
 )
-def test_multiples_of_32_that_keep_the_aspect(size: Size, smaller: list[Size]) -> None:
+def test_multiples_of_32_that_keep_the_aspect_or_one_side(size: Size, smaller: list[Size]) -> None:
     assert list(smaller_sizes(size)) == smaller
     for height, width in smaller:
         assert height % 32 == width % 32 == 0
-        assert height / width == pytest.approx(size[0] / size[1], rel=0.13)
+        one_side = height == size[0] or width == size[1]
+        assert one_side or height / width == pytest.approx(size[0] / size[1], rel=0.13)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +166,7 @@ def test_no_size_is_offered_that_the_family_cannot_run_at() -> None:
 
 def test_parameters_and_recipes(space: SearchSpace, sites: Sites) -> None:
     parameter = space.parameters["size input"]
-    assert parameter.values == ("96x128", "64x96")
+    assert parameter.values == ("96x128", "96x96", "64x128", "64x96")
     recipe = space.recipe({"size input": "64x96"})
     assert recipe.choices == (Resize(height=64, width=96),)
     assert space.params(recipe)["size input"] == "64x96"
@@ -170,7 +182,9 @@ def test_parameters_and_recipes(space: SearchSpace, sites: Sites) -> None:
 @pytest.mark.parametrize("size", [(96, 128), (64, 64), (0, 96)])
 def test_other_sizes_are_refused_in_one_line(size: Size, sites: Sites) -> None:
     recipe = Recipe(detector="narrow", choices=(Resize(height=size[0], width=size[1]),))
-    with pytest.raises(InputError, match=f"{size[0]}x{size[1]}.*choose one of 64x96") as caught:
+    with pytest.raises(
+        InputError, match=f"{size[0]}x{size[1]}.*choose one of 96x96, 64x128, 64x96"
+    ) as caught:
         check(recipe, sites)
     assert "\n" not in str(caught.value)
 
@@ -206,7 +220,7 @@ def test_a_table_holds_the_layers_of_every_size(space: SearchSpace, sites: Sites
     random = np.random.default_rng(0)
     options = random.integers(0, table.sizes, (40, len(table.sizes)))
     shapes = table.shapes(options)
-    assert len(set(options[:, table.names.index("size input")])) == 2
+    assert len(set(options[:, table.names.index("size input")])) == 4
     for row, macs, positions in zip(options, shapes.macs, shapes.positions, strict=True):
         recipe = space.recipe(table.params(row))
         assert macs.sum() == pytest.approx(total_macs(recipe, sites))
