@@ -6,21 +6,20 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from evaluators.bench_config import BenchConfig
 from evaluators.bias import BIAS_IMAGES, correct_biases
-from evaluators.calibration import LayerRanges, QuantizationPlan, calibrate
-from evaluators.datasets.base import DataConfig, DetectionSplit, load_split, load_splits
+from evaluators.calibration import LayerRanges, calibrate
+from evaluators.datasets.base import DetectionSplit, load_split, load_splits
 from evaluators.datasets.letterbox import LetterboxedImages, network_input, spread
 from evaluators.evaluation import RESULT_VERSION
 from evaluators.exported import ModelCard, Runtime, card_categories
-from evaluators.finetune import FineTunePlan
 from evaluators.importance import taylor_scores
 from evaluators.latency import PairedLatency, measure_pair
 from evaluators.postprocess import WholeDetector
@@ -29,7 +28,7 @@ from evaluators.signature import int8_weight_levels
 from evaluators.targets.base import Session
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
-from spaces.detectors.base import Detector, Postprocess, postprocess_of
+from spaces.detectors.base import Detector, postprocess_of
 from spaces.detectors.registry import licence_of, make_detector
 from spaces.detectors.weights import load_weights
 from spaces.effects import codebooks_by_layer, integers_by_layer
@@ -39,51 +38,7 @@ from spaces.methods.codebook import cluster_layers
 from spaces.methods.resize import Resizing
 from spaces.recipe import Prune, Recipe, Resize, identity
 from spaces.sites import Sites, find_sites
-from spaces.space import MAX_PARAMETERS, Granularity, SearchSpace, build_space
-
-
-class SpaceConfig(BaseModel):
-    """Which methods are searched, and how finely."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    methods: tuple[str, ...] = ("prune", "quantize")
-    granularity: Granularity = "layer"
-    bit_widths: tuple[int, ...] = ()
-
-
-class LatencyConfig(BaseModel):
-    """How long a candidate is timed against the base; see `evaluators.latency.measure_pair`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    images: int = Field(default=16, ge=1)
-    min_rounds: int = Field(default=48, ge=8)
-    max_rounds: int = Field(default=240, ge=8)
-    target_spread: float = Field(default=0.02, gt=0.0)
-    time_limit_s: float = Field(default=5.0, gt=0.0)
-
-
-class BenchConfig(BaseModel):
-    """What a worker needs to know to evaluate candidates of a study."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    checkpoint: Path
-    size: tuple[int, int] | None = None
-    data: DataConfig
-    target: str = "openvino"
-    threads: int = Field(default=1, ge=1)
-    postprocess: Postprocess | None = None
-    space: SpaceConfig = SpaceConfig()
-    finetune: FineTunePlan = FineTunePlan()
-    quantization: QuantizationPlan = QuantizationPlan()
-    latency: LatencyConfig = LatencyConfig()
-    importance: Literal["magnitude", "taylor"] = "taylor"
-    calibration_images: int = Field(default=32, ge=1)
-    seed: int = 0
-    cache: Path = Path("runs/cache")
+from spaces.space import MAX_PARAMETERS, SearchSpace, build_space
 
 
 class Bench:

@@ -25,6 +25,9 @@ from evaluators.teacher import TeacherOutputs, batch_of
 from evaluators.training_state import TrainingState
 from spaces.detectors.base import Detector, Labels, Outputs
 
+NORM_IMAGES = 512
+"""That BatchNorm statistics are measured on. YOLOX-nano with hard-swish in three stages, not trained, had 31.1 AP
+after 64 of them and 31.9 after 337, of 31.6 (on 164 COCO images)."""
 Precision = Literal["float32", "bfloat16"]
 Forward = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]], bool], Outputs]
 """Raw outputs of the network in training, float32, on images by index, mirrored or not."""
@@ -259,7 +262,7 @@ def recalibrate_norms(
     detector: Detector,
     images: LetterboxedImages,
     batch_size: int,
-    limit: int = 64,
+    limit: int = NORM_IMAGES,
     kept: Collection[nn.Module] = (),
 ) -> None:
     """Measure the BatchNorm statistics anew, as averages over up to `limit` images; weights stay.

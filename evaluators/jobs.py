@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from spaces.recipe import Recipe
 
+HANDED_ON = "handed_on"
+"""In the result of a job that a machine cannot end, since latencies are measured on others: what those
+must be told. There a trial goes on as a job of kind `measure`, any other job under its own kind."""
+
 
 class Job(BaseModel):
     """One piece of work for one worker."""
@@ -16,7 +20,7 @@ class Job(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: str
-    """ "trial", "sensitivity", "probe", ...: the worker chooses its way by it."""
+    """ "trial", "damage", "probe", ...: the worker chooses its way by it."""
     name: str
     """Shown in progress, unique within the study: "trial 12", "sensitivity 3/8"."""
     number: int | None = None

@@ -33,6 +33,11 @@ CHECKPOINT = "rung.pt"
 _EXPORT = "rung"
 
 
+def forget_rungs(folder: Path) -> None:
+    """A trial is trained and measured: the checkpoint in its folder is of no use any more."""
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
 class TrialRungs:
     """The rungs that a trial's job asks for.
 
@@ -92,10 +97,6 @@ class TrialRungs:
             return copy.deepcopy(self._draft.network), {}
         network, ranges = self.fake.plain_copy()
         return network, as_plain(ranges)
-
-    def clear(self) -> None:
-        """The trial is trained: its checkpoint is of no use any more."""
-        (self._folder / CHECKPOINT).unlink(missing_ok=True)
 
     def _reached(
         self,

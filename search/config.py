@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from evaluators.bench import BenchConfig
+from evaluators.bench_config import BenchConfig
 from evaluators.ranking import Problem
 from spaces.detectors.own import located
 from spaces.detectors.published import weights_file

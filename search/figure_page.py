@@ -211,6 +211,7 @@ def _hover(row: FrontRow, base: FrontRow) -> str:
         f"<b>{'base' if row.is_base else f'trial {row.number}'}</b>",
         f"mAP {row.map:.1f} ({row.map - base.map:+.1f})",
         f"{row.latency_ms:.2f} ms, {_speed(row.latency_ratio, row.interval)}",
+        *([] if row.tensor_ms is None else [f"{row.tensor_ms:.2f} ms of it in the network"]),
         f"{row.size_mb:.2f} MB, {short_count(row.params)} parameters",
         html.escape(row.note),
     ]

@@ -199,7 +199,7 @@ def _row(
     metrics, recipe = evaluation.metrics, recipe_of(trial)
     assert recipe is not None
     artifact = study.trial_folder(trial.number) / Path(evaluation.artifact or "model.onnx").name
-    ratio = metrics["latency_ratio"]
+    ratio, tensor = metrics["latency_ratio"], metrics.get("tensor_ms")
     row = FrontRow(
         number=trial.number,
         map=metrics["map"].value,
@@ -213,6 +213,7 @@ def _row(
         artifact=str(artifact) if artifact.is_file() else None,
         recipe=recipe.model_dump(mode="json"),
         is_base=is_base,
+        tensor_ms=None if tensor is None else tensor.value * scale,
     )
     again = final.get("models", {}).get(str(trial.number))
     if again is None:
@@ -224,6 +225,7 @@ def _row(
         latency_ratio=again["ratio"],
         ratio_low=again["low"],
         ratio_high=again["high"],
+        tensor_ms=row.tensor_ms and row.tensor_ms * again["ratio"] / row.latency_ratio,
     )
     if role == "select":
         return row

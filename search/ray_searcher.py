@@ -23,6 +23,7 @@ from ray.tune.search import Searcher
 
 from evaluators.jobs import Job, StageReport
 from search.processes import process_started
+from search.ray_measuring import end_measuring, measuring_workers
 from search.ray_runtime import environment
 from search.ray_scheduler import RungScheduler
 from search.ray_worker import EVENT, WorkerProcess
@@ -212,7 +213,10 @@ def run(source: JobSource, factory: WorkerFactory, pool: Pool, request: StopRequ
     searcher = JobSearcher(source, pool.workers, request)
     pickled: bytes = cloudpickle.dumps(factory)  # type: ignore[no-untyped-call]
     path = [folder for folder in sys.path if os.path.isdir(folder)]
-    trainable = tune.with_parameters(WorkerProcess, pickled_factory=pickled, path=path, pool=pool)
+    measuring = measuring_workers(pool, pickled, path)
+    trainable = tune.with_parameters(
+        WorkerProcess, pickled_factory=pickled, path=path, pool=pool, measuring=measuring
+    )
     variables = {**_TUNE_ENVIRONMENT, "TUNE_MAX_PENDING_TRIALS_PG": str(pool.workers)}
     try:
         with environment(variables), _silence():
@@ -237,6 +241,8 @@ def run(source: JobSource, factory: WorkerFactory, pool: Pool, request: StopRequ
         end_workers(searcher.live.values())
         _return_jobs(source, searcher)
         raise
+    finally:
+        end_measuring(measuring)
     if searcher.error is None and not request.is_set:
         return True
     _return_jobs(source, searcher)

@@ -8,13 +8,14 @@ import platform
 import socket
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ray import cloudpickle, tune
 
-from evaluators.jobs import Job, StageReport, Worker
+from evaluators.jobs import HANDED_ON, Job, StageReport, Worker
 from search.processes import process_started
+from search.ray_measuring import measured_elsewhere
 from search.workers import Pool, WorkerFactory
 from spaces.errors import InputError
 
@@ -32,9 +33,14 @@ class WorkerProcess(tune.Trainable):
     """
 
     def setup(  # type: ignore[override]  # tune.with_parameters hands in the rest
-        self, config: dict[str, Any], pickled_factory: bytes, path: list[str], pool: Pool
+        self,
+        config: dict[str, Any],
+        pickled_factory: bytes,
+        path: list[str],
+        pool: Pool,
+        measuring: Sequence[Any] = (),
     ) -> None:
-        self._pool = pool
+        self._pool, self._measuring = pool, measuring
         self._cores = allowed_cores()
         self._worker: Worker | None = None
         self._unusable: dict[str, Any] = {}
@@ -58,6 +64,7 @@ class WorkerProcess(tune.Trainable):
         self._job = Job.model_validate_json(config["job"])
         self._steps: Iterator[StageReport] | None = None
         self._doing = "start"
+        self._slot = config["slot"]
         if self._pool.pin_cores:
             pin_to_cores(self._cores, config["slot"], self._pool.threads)
         if "torch" in sys.modules:
@@ -87,9 +94,20 @@ class WorkerProcess(tune.Trainable):
         report = next(self._steps, None)
         if report is None:
             raise RuntimeError(f"the worker ended a {self._job.kind} job without a result")
+        if report.result is not None and HANDED_ON in report.result:
+            self._steps = self._elsewhere(report.result[HANDED_ON])
+            report = next(self._steps)
         if report.result is None:
             self._doing = report.next_stage or f"after {report.stage}"
         return {"kind": "stage" if report.result is None else "done", "report": report.model_dump()}
+
+    def _elsewhere(self, handed: dict[str, Any]) -> Iterator[StageReport]:
+        if not self._measuring:
+            raise RuntimeError(
+                "this machine has another target signature than the study, and no other is there"
+            )
+        actor = self._measuring[self._slot % len(self._measuring)]
+        return measured_elsewhere(self._job, handed, actor)
 
 
 def one_line(error: BaseException) -> str:

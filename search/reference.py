@@ -14,7 +14,7 @@ from typing import Any
 
 from evaluators.bench import Bench
 from evaluators.exported import model_in
-from evaluators.pipeline import BASE_FOLDER, REFERENCE_FILE
+from evaluators.measuring import BASE_FOLDER, REFERENCE_FILE
 from search.front import FINAL, NEW_REFERENCE
 from search.retention import base_number
 from search.study import FINGERPRINT, SearchStudy, target_differences

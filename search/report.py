@@ -32,6 +32,7 @@ class FrontRow:
         recipe: plain data.
         is_base: the unchanged model.
         note: anything that a reader must know, in a few words.
+        tensor_ms: of `latency_ms`, what the network takes without decoding and suppression.
     """
 
     number: int
@@ -47,6 +48,7 @@ class FrontRow:
     recipe: dict[str, Any]
     is_base: bool = False
     note: str = ""
+    tensor_ms: float | None = None
 
     @property
     def interval(self) -> Interval:

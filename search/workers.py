@@ -45,6 +45,9 @@ class Pool:
         cpus, gpus: what Ray reserves for a worker. 0 CPUs means `threads`.
         address: an existing Ray cluster ("auto", "host:port"); None starts Ray here, on loopback only.
         environment: further environment variables of the workers.
+        signature: of the target, that latencies are measured under. In a cluster, machines with another one
+            hand jobs on to those that have it.
+        signature_here: picklable; that of the machine on which it is called. None where all are alike.
     """
 
     workers: int = 1
@@ -54,6 +57,8 @@ class Pool:
     gpus: float = 0.0
     address: str | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    signature: Mapping[str, Any] | None = None
+    signature_here: Callable[[], Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for name in ("workers", "threads"):

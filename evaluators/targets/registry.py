@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from evaluators.targets.analytic import PREFIX, Analytic
 from evaluators.targets.base import Target
@@ -31,3 +32,12 @@ def target_named(name: str) -> Target:
     if name not in TARGETS:
         raise InputError("target", name, f"choose one of {', '.join(TARGETS)}, or {PREFIX}FILE")
     return TARGETS[name]
+
+
+def signature_here(name: str, threads: int) -> dict[str, Any]:
+    """What latencies in a target depend on, on this machine.
+
+    Raises:
+        InputError: as `target_named`.
+    """
+    return target_named(name).signature(threads)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from evaluators.bench import Bench, BenchConfig
+from evaluators.bench import Bench
+from evaluators.bench_config import BenchConfig
 from evaluators.datasets.base import DataConfig, load_splits
 from evaluators.kernels import by_kind
 from evaluators.latency import measure_many

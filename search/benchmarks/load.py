@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
-from evaluators.bench import Bench, BenchConfig
+from evaluators.bench import Bench
+from evaluators.bench_config import BenchConfig
 from evaluators.finetune import fine_tune
 from evaluators.quiet import QuietSlot
 from spaces.apply import apply

@@ -11,7 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from evaluators.accuracy import map_difference_interval, score_session
-from evaluators.bench import Bench, BenchConfig, LatencyConfig
+from evaluators.bench import Bench
+from evaluators.bench_config import BenchConfig, LatencyConfig
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard, model_in
 from evaluators.jobs import Job

@@ -19,12 +19,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from evaluators.bench import Bench
 from evaluators.datasets.letterbox import decode, letterbox, network_input
-from evaluators.finetune import DivergedError, Epoch, FineTunePlan, measure_norms, mirrored_labels, schedule
+from evaluators.finetune import (
+    NORM_IMAGES,
+    DivergedError,
+    Epoch,
+    FineTunePlan,
+    measure_norms,
+    mirrored_labels,
+    schedule,
+)
 from evaluators.training_state import TrainingState
 from spaces.detectors.base import Labels
-
-NORM_IMAGES = 64
-"""As many as `evaluators.finetune.recalibrate_norms` looks at."""
 
 
 class ImageFiles(Dataset[tuple[Tensor, Labels]]):

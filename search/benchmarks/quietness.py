@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from evaluators.bench import Bench
 from evaluators.latency import PairedLatency, measure_many, same_speed
-from evaluators.targets.base import Detections, Session, TensorPart
+from evaluators.targets.base import Session, TensorPart
+from evaluators.tensor_time import TensorSession
 from search.benchmarks.load import training
 from search.benchmarks.reports import rank_correlation, table, write
 from spaces.errors import InputError
@@ -104,7 +105,7 @@ def tensor_times(
     images_of: dict[str, list[NDArray[np.float32]]] = {}
     for model in models:
         sessions[f"whole {model.name}"] = model.session
-        sessions[f"tensor {model.name}"] = _AsSession(model.tensor_part)
+        sessions[f"tensor {model.name}"] = TensorSession(model.tensor_part)
         inputs = _bench_of(bench, model).timing_inputs
         images_of |= {f"whole {model.name}": inputs, f"tensor {model.name}": inputs}
     settings = bench.config.latency
@@ -126,22 +127,6 @@ def tensor_times(
 def _bench_of(bench: Bench, model: Model) -> Bench:
     """The bench at the size of a model's input."""
     return bench if model.recipe is None else bench.at(model.recipe)
-
-
-class _AsSession:
-    """A tensor part in the form that is timed; its detections are nobody's."""
-
-    def __init__(self, part: TensorPart) -> None:
-        self._part = part
-        nothing = np.zeros(0, np.float32)
-        self._found = Detections(nothing.reshape(0, 4), nothing, np.zeros(0, np.int64))
-
-    def run(self, images: Any) -> Detections:
-        self._part.run(images)
-        return self._found
-
-    def kernels(self) -> dict[str, str]:
-        return {}
 
 
 def figures(results: Results, workers: int) -> dict[str, dict[str, float]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -54,24 +57,18 @@ def latency(
     """Time models idle and beside training workers: those of a study, or random ones of a configuration."""
     from search.benchmarks.quietness import Model, compare_conditions, tensor_times, write_quietness
     from search.benchmarks.recipes import exported
-    from search.comparison import facts_of
 
-    settings = _settings(config, study, storage, overrides(data, checkpoint, target, threads, seed))
-    bench = _bench(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        base = exported(bench, bench.identity, Path(folder) / "base")
+    changes = overrides(data, checkpoint, target, threads, seed)
+    with _benchmark("latency", config, changes, output, study, storage) as at:
+        bench, settings = at.bench, at.settings
+        base = exported(bench, bench.identity, at.folder / "base")
         parts = bench.target.prepare_tensor_part(base.file, settings.threads)
-        chosen = _models(
-            bench, study if config is None else None, storage, models, settings.seed, Path(folder)
-        )
+        chosen = _models(bench, study if config is None else None, storage, models, settings.seed, at.folder)
         count = workers or settings.search.workers
-        private = Path(folder) / "slot"
-        results = compare_conditions(bench, chosen, base.session, count, private, say)
+        results = compare_conditions(bench, chosen, base.session, count, at.folder / "slot", say)
         tensors = tensor_times(bench, [Model("base", base.session, parts), *chosen], base.session)
-    report = output / f"latency_{_file_name(settings)}.md"
-    title = f"Latency of {settings.name} in {bench.target.name}, idle and beside training workers"
-    write_quietness(report, title, results, tensors, count, facts_of(bench, benchmark_command()))
-    say(report.read_text())
+        title = f"Latency of {settings.name} in {bench.target.name}, idle and beside training workers"
+        write_quietness(at.report, title, results, tensors, count, at.facts)
     return 0
 
 
@@ -88,16 +85,11 @@ def predict(
 ) -> int:
     """Fit the latency model on measured random recipes and try it on others."""
     from search.benchmarks.predict import predictions, write_predictions
-    from search.comparison import facts_of
 
-    settings = _settings(config, None, "", overrides(data, checkpoint, target, threads, seed))
-    bench = _bench(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        found, own = predictions(bench, seen, unseen, settings.seed, Path(folder), say)
-    report = output / f"predict_{_file_name(settings)}.md"
-    title = f"Latency model of {settings.name} in {bench.target.name}"
-    write_predictions(report, title, seen, found, own, facts_of(bench, benchmark_command()))
-    say(report.read_text())
+    with _benchmark("predict", config, overrides(data, checkpoint, target, threads, seed), output) as at:
+        found, own = predictions(at.bench, seen, unseen, at.settings.seed, at.folder, say)
+        title = f"Latency model of {at.settings.name} in {at.bench.target.name}"
+        write_predictions(at.report, title, seen, found, own, at.facts)
     return 0
 
 
@@ -113,16 +105,10 @@ def evaluate_profile(
 ) -> int:
     """Profile the scoring of the base: what surrounds the engine, COCO figures, bootstrap, parity."""
     from search.benchmarks.scoring import profile_of, write_profile
-    from search.comparison import facts_of
 
-    settings = _settings(config, None, "", overrides(data, checkpoint, target, threads, seed))
-    bench = _bench(settings)
-    with tempfile.TemporaryDirectory() as folder:
-        found = profile_of(bench, bench.split(split), Path(folder), say)
-    report = output / f"evaluate_{_file_name(settings)}.md"
-    title = f"Scoring {settings.name} in {bench.target.name}"
-    write_profile(report, title, found, facts_of(bench, benchmark_command()))
-    say(report.read_text())
+    with _benchmark("evaluate", config, overrides(data, checkpoint, target, threads, seed), output) as at:
+        found = profile_of(at.bench, at.bench.split(split), at.folder, say)
+        write_profile(at.report, f"Scoring {at.settings.name} in {at.bench.target.name}", found, at.facts)
     return 0
 
 
@@ -142,23 +128,12 @@ def quantize(
 ) -> int:
     """AP, size and kernels of the base with all its layers at each bit-width, or with codebooks."""
     from search.benchmarks.widths import costs, variants, write_costs
-    from search.comparison import facts_of
 
-    settings = _settings(config, None, "", overrides(data, checkpoint, target, threads, seed))
-    bench = _bench(settings)
-    images = bench.split(split)
-    with tempfile.TemporaryDirectory() as folder:
-        found = costs(bench, variants(bench, trained), images, Path(folder), timed, say)
-    report = output / f"quantize_{_file_name(settings)}.md"
-    title = f"Bit-widths of {settings.name} in {bench.target.name}"
-    write_costs(
-        report,
-        title,
-        found,
-        f"{split} ({len(images.images)} images)",
-        facts_of(bench, benchmark_command()),
-    )
-    say(report.read_text())
+    with _benchmark("quantize", config, overrides(data, checkpoint, target, threads, seed), output) as at:
+        images = at.bench.split(split)
+        found = costs(at.bench, variants(at.bench, trained), images, at.folder, timed, say)
+        title = f"Bit-widths of {at.settings.name} in {at.bench.target.name}"
+        write_costs(at.report, title, found, f"{split} ({len(images.images)} images)", at.facts)
     return 0
 
 
@@ -183,20 +158,55 @@ def roofline(
         write_description,
         write_fit,
     )
+
+    with _benchmark("roofline", config, overrides(data, checkpoint, target, threads, seed), output) as at:
+        bench = at.bench
+        first, others = recipes_for_roofline(bench, seen, unseen, at.settings.seed, at.folder, say)
+        name = f"{at.facts['cpu']}, {bench.target.name}, {at.settings.threads} thread(s)"
+        fitted = fit_description(name, first, bench.capabilities.channel_granule)
+        write_description(description or at.report.with_suffix(".yaml"), fitted, at.facts)
+        write_fit(at.report, f"Roofline of {name}", fitted, first, others, at.facts)
+    return 0
+
+
+@dataclass(frozen=True)
+class _Benchmark:
+    """What every benchmark here works with.
+
+    Attributes:
+        settings, bench: of the configuration or study.
+        folder: empty, gone afterwards.
+        report: Markdown file to write.
+        facts: machine, versions, command, date.
+    """
+
+    settings: SearchConfig
+    bench: Bench
+    folder: Path
+    report: Path
+    facts: Mapping[str, str]
+
+
+@contextmanager
+def _benchmark(
+    kind: str,
+    config: Path | None,
+    changes: dict[str, object],
+    output: Path,
+    study: str | None = None,
+    storage: str = "",
+) -> Iterator[_Benchmark]:
+    """Load what a benchmark needs; show its report at the end."""
+    from evaluators.bench import Bench
     from search.comparison import facts_of
 
-    settings = _settings(config, None, "", overrides(data, checkpoint, target, threads, seed))
-    bench = _bench(settings)
+    settings = _settings(config, study, storage, changes)
+    tell_licence(settings.model)
+    bench = Bench(settings.bench)
+    report = output / f"{kind}_{settings.name}_{Path(settings.target).stem}.md"
     with tempfile.TemporaryDirectory() as folder:
-        first, others = recipes_for_roofline(bench, seen, unseen, settings.seed, Path(folder), say)
-    facts = facts_of(bench, benchmark_command())
-    name = f"{facts['cpu']}, {bench.target.name}, {settings.threads} thread(s)"
-    fitted = fit_description(name, first, bench.capabilities.channel_granule)
-    report = output / f"roofline_{_file_name(settings)}.md"
-    write_description(description or report.with_suffix(".yaml"), fitted, facts)
-    write_fit(report, f"Roofline of {name}", fitted, first, others, facts)
+        yield _Benchmark(settings, bench, Path(folder), report, facts_of(bench, benchmark_command()))
     say(report.read_text())
-    return 0
 
 
 def _settings(
@@ -211,13 +221,6 @@ def _settings(
     if study is None:
         raise InputError("benchmark", None, "name a configuration or a study")
     return config_of(load_study(study, url=storage), changes)
-
-
-def _bench(settings: SearchConfig) -> Bench:
-    from evaluators.bench import Bench
-
-    tell_licence(settings.model)
-    return Bench(settings.bench)
 
 
 def _models(
@@ -254,7 +257,3 @@ def _models(
         part = target.prepare_tensor_part(file, threads, card.runtime.hint)
         models.append(Model(f"trial {number}", session, part, card.recipe))
     return models
-
-
-def _file_name(settings: SearchConfig) -> str:
-    return f"{settings.name}_{Path(settings.target).stem}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,6 +71,14 @@ def search(
         bool,
         typer.Option("--new-reference", help="Go on with a study of another machine or engine version."),
     ] = False,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help="Ray cluster to work on: auto, or HOST:PORT. See search/README.md.",
+            metavar="RAY",
+        ),
+    ] = None,
     storage: Storage = DEFAULT_STORAGE,
     study: OptionalStudyName = None,
     threads: Threads = None,
@@ -80,6 +89,7 @@ def search(
     The first trial is the base. Ctrl-C stops cleanly; what was finished is in the study.
     """
     from evaluators.pipeline import worker_factory
+    from evaluators.targets.registry import signature_here
     from search.config import load_config
     from search.loop import run_search
     from search.progress import Progress, duration
@@ -114,13 +124,22 @@ def search(
     if source is not None:
         say(take_over(opened, source, SpaceTable(bench.space)))
     total = settings.search.trials
+    signature = bench.target.signature(settings.threads)
     try:
         outcome = run_search(
             opened,
             _parts(settings, bench, opened),
-            worker_factory(settings.bench, opened.artifacts),
+            worker_factory(settings.bench, opened.artifacts, signature if address else None),
             trials=total,
-            pool=Pool(workers=settings.search.workers, threads=settings.threads),
+            pool=Pool(
+                workers=settings.search.workers,
+                threads=settings.threads,
+                address=address,
+                signature=signature,
+                signature_here=partial(signature_here, settings.target, settings.threads)
+                if address
+                else None,
+            ),
             progress=Progress(total),
         )
     except (BaseFailedError, WorkersUnusableError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from evaluators.bench import BenchConfig, LatencyConfig
+from evaluators.bench_config import BenchConfig, LatencyConfig
 from evaluators.datasets.base import DataConfig, load_splits
 from evaluators.datasets.digits import write_digits
 from evaluators.datasets.letterbox import LetterboxedImages

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from evaluators.accuracy import score_session
-from evaluators.bench import SpaceConfig
+from evaluators.bench_config import SpaceConfig
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard
 from evaluators.jobs import Job

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluators.bench import SpaceConfig
+from evaluators.bench_config import SpaceConfig
 from evaluators.damage import Damage
 from evaluators.evaluation import Evaluation
 from evaluators.jobs import Job

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from evaluators import pipeline
+from evaluators import measuring
 from evaluators.accuracy import score_session
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard
-from evaluators.jobs import Job, StageReport
+from evaluators.jobs import HANDED_ON, Job, StageReport
 from evaluators.pipeline import CandidateWorker
+from evaluators.targets.registry import signature_here
 from evaluators.testing import can_run
 from spaces.apply import parameters, rebuild, same_state
 from spaces.effects import bits_by_layer, total_macs
@@ -73,14 +74,14 @@ def kept_drafts() -> list[Draft]:
 @pytest.fixture(scope="module")
 def candidate(worker: CandidateWorker, base: Done, kept_drafts: list[Draft]) -> Done:
     """Trial 1; the network that it trained is kept beside its files."""
-    save = pipeline.save
+    save = measuring.save
 
     def keep(draft: Draft, recipe: Recipe, directory: Path) -> None:
         kept_drafts.append(copy.deepcopy(draft))
         save(draft, recipe, directory)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "save", keep)
+        patch.setattr(measuring, "save", keep)
         return trial(worker, mixed(worker.bench.sites), 1)
 
 
@@ -108,6 +109,7 @@ def test_the_base(worker: CandidateWorker, base: Done) -> None:
     reference = json.loads((worker.artifacts / "base" / "reference.json").read_text())["base_ms"]
     assert metrics["latency_ms"].value == pytest.approx(metrics["latency_ratio"].value * reference)
     assert reference == evaluation.details["latency"]["base_ms"]["p50"]
+    assert 0.2 < metrics["tensor_ms"].value / metrics["latency_ms"].value < 1.2  # one core, busy perhaps
 
 
 def test_a_pruned_and_quantised_candidate(worker: CandidateWorker, base: Done, candidate: Done) -> None:
@@ -130,6 +132,43 @@ def test_a_pruned_and_quantised_candidate(worker: CandidateWorker, base: Done, c
     if can_run(16):
         assert evaluation.details["fell_back"] == {}
         assert kernels == {"i8": bits.count(8), "bf16": bits.count(16), "f32": bits.count(32)}
+
+
+def test_a_trial_that_two_machines_share_is_the_same(
+    worker: CandidateWorker, base: Done, candidate: Done
+) -> None:
+    """The first one has another signature: it trains and hands on what the second one measures."""
+    recipe, elsewhere = mixed(worker.bench.sites), copy.copy(worker)
+    elsewhere.measures = False
+    first = Job(kind="trial", name="trial 7", number=7, recipe=recipe, seed=1)
+    reports = list(elsewhere.run(first))
+    assert [report.stage for report in reports][-2:] == ["hand on", "handed on"]
+    assert reports[-1].result is not None
+    second = first.model_copy(update={"kind": "measure", "payload": reports[-1].result})
+    *_, last = worker.run(second)
+    shared, alone = Evaluation.model_validate(last.result), candidate[1]
+    assert shared.artifact is not None
+    assert alone.artifact is not None
+    assert Path(shared.artifact).read_bytes() == Path(alone.artifact).read_bytes()
+    timed = {"latency_ms", "latency_ratio", "tensor_ms", "peak_memory_mb", "train_step_ms"}
+    assert shared.metrics.keys() == alone.metrics.keys()
+    assert all(shared.metrics[name] == alone.metrics[name] for name in shared.metrics.keys() - timed)
+    assert {"compress", "fine-tune 1/1", "hand on", "take over", "score", "latency"} <= shared.seconds.keys()
+    probe = Job(kind="probe", name="probe", recipe=recipe)
+    (handed,) = elsewhere.run(probe)
+    assert handed.result is not None
+    assert HANDED_ON in handed.result
+
+
+def test_a_machine_measures_under_the_signature_of_the_study(
+    make_worker: Callable[..., CandidateWorker],
+) -> None:
+    config = make_worker().bench.config
+    here = signature_here(config.target, config.threads)
+    folder = Path(config.cache).parent / "artifacts"
+    assert CandidateWorker(config, folder).measures
+    assert CandidateWorker(config, folder, here).measures
+    assert not CandidateWorker(config, folder, {**here, "threads": 7}).measures
 
 
 @pytest.mark.parametrize("which", ["base", "candidate"])

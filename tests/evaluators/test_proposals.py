@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from evaluators.bench import SpaceConfig
+from evaluators.bench_config import SpaceConfig
 from evaluators.evaluation import Evaluation
 from evaluators.jobs import Job
 from evaluators.latency_model import LatencyModel, features, fit_latency

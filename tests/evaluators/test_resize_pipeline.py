@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evaluators.accuracy import score_session
-from evaluators.bench import SpaceConfig
+from evaluators.bench_config import SpaceConfig
 from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial
 
-from evaluators.bench import Bench, BenchConfig, LatencyConfig, SpaceConfig
+from evaluators.bench import Bench
+from evaluators.bench_config import BenchConfig, LatencyConfig, SpaceConfig
 from evaluators.datasets.base import DataConfig
 from evaluators.datasets.digits import write_digits
 from evaluators.finetune import FineTunePlan

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluators.bench import Bench, BenchConfig, LatencyConfig
+from evaluators.bench import Bench
+from evaluators.bench_config import BenchConfig, LatencyConfig
 from evaluators.calibration import QuantizationPlan
 from evaluators.datasets.base import DataConfig
 from evaluators.datasets.digits import write_digits

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluators.bench import Bench, BenchConfig, LatencyConfig
+from evaluators.bench import Bench
+from evaluators.bench_config import BenchConfig, LatencyConfig
 from evaluators.datasets.base import DataConfig
 from evaluators.datasets.digits import write_digits
 from evaluators.finetune import FineTunePlan

@@ -11,7 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from toy_problem import FINGERPRINT, OBJECTIVES, toy_study
 
-from evaluators.bench import Bench, LatencyConfig
+from evaluators.bench import Bench
+from evaluators.bench_config import LatencyConfig
 from evaluators.quiet import QuietSlot
 from evaluators.targets.base import Detections
 from search.front import FINAL, NEW_REFERENCE

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluators.bench import Bench, BenchConfig
+from evaluators.bench import Bench
+from evaluators.bench_config import BenchConfig
 from evaluators.datasets.base import DataConfig
 from evaluators.datasets.digits import write_digits
 from evaluators.finetune import FineTunePlan, fine_tune
