@@ -26,8 +26,9 @@ from evaluators.training_state import TrainingState
 from spaces.detectors.base import Detector, Labels, Outputs
 
 NORM_IMAGES = 512
-"""That BatchNorm statistics are measured on. YOLOX-nano with hard-swish in three stages, not trained, had 31.1 AP
-after 64 of them and 31.9 after 337, of 31.6 (on 164 COCO images)."""
+"""That BatchNorm statistics are measured on. YOLOX-nano with hard-swish in three stages, not trained, had
+31.1 AP after 64 of them and 31.9 after 337, of 31.6 (on 164 COCO images).
+"""
 Precision = Literal["float32", "bfloat16"]
 Forward = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]], bool], Outputs]
 """Raw outputs of the network in training, float32, on images by index, mirrored or not."""

@@ -23,10 +23,12 @@ from spaces.errors import InputError
 
 Images = Sequence[NDArray[np.float32]]
 SETTLING = 2
-"""Untimed runs of a model before each timed one. A model that runs right behind another finds caches and vector
-units in the other's state: two candidates of YOLOX-nano, timed at once, took .58 and .44 of the base where they
-take .51 and .35 alone (OpenVINO, AMX); after two runs .52 and .36, whether two models take turns or seven.
+"""Untimed runs of a model before each timed one. A model that runs right behind another finds caches and
+vector units in the other's state. Two candidates of YOLOX-nano, timed at once, took .58 and .44 of the base;
+they take .51 and .35 alone, and .52 and .36 after two runs, whether two models take turns or seven (OpenVINO,
+AMX).
 """
+_BASE = ""
 
 
 class Times(BaseModel):
