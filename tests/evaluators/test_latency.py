@@ -6,6 +6,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,10 +14,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from evaluators.latency import PairedLatency, measure_many, measure_pair, same_speed
+from evaluators import latency
+from evaluators.latency import PairedLatency, same_speed
 from evaluators.targets.base import Detections
 from evaluators.timing_statistics import balanced_orders, base_drift, median_interval
 from spaces.errors import InputError
+
+measure_pair = partial(latency.measure_pair, settling=0)
+measure_many = partial(latency.measure_many, settling=0)
+"""Every run is timed but for the warm-up, so that the tests below can count them."""
 
 
 class Bench:
@@ -139,6 +145,26 @@ def test_drift_is_seen_per_image() -> None:
     assert base_drift(heavy_last, images=1) == pytest.approx(2.0)
     assert base_drift([30, 10] * 3 + [15, 5] * 3, images=2) == pytest.approx(1.0)  # twice as fast
     assert base_drift([10, 11, 12, 13, 14, 15], images=6) == pytest.approx(14.5 / 10.5 - 1)
+
+
+def test_a_timed_run_follows_runs_of_the_same_model_on_the_same_image() -> None:
+    """The first of three runs takes 9 ms, the others 2 and 1: what counts is the last one."""
+    bench = Bench(images=2)
+    slow_behind_others = [bench.model(name, lambda run, image: (9.0, 2.0, 1.0)[run % 3]) for name in "cb"]
+    got = latency.measure_pair(
+        *slow_behind_others,
+        bench.images,
+        threads=1,
+        min_rounds=6,
+        max_rounds=6,
+        warmup=0,
+        settling=2,
+        clock=bench.clock,
+    )
+    assert got.candidate_ms.samples == got.base_ms.samples == (1.0,) * 6
+    turns = [bench.runs[k : k + 3] for k in range(0, len(bench.runs), 3)]
+    assert all(len(set(turn)) == 1 for turn in turns)
+    assert Counter(turn[0] for turn in turns) == {(name, image): 3 for name in "cb" for image in (0, 1)}
 
 
 @pytest.mark.parametrize("images", [1, 2, 3, 4])
