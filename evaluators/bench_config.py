@@ -30,10 +30,10 @@ class LatencyConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     images: int = Field(default=16, ge=1)
-    min_rounds: int = Field(default=48, ge=8)
+    min_rounds: int = Field(default=32, ge=8)
     max_rounds: int = Field(default=240, ge=8)
     target_spread: float = Field(default=0.02, gt=0.0)
-    time_limit_s: float = Field(default=5.0, gt=0.0)
+    time_limit_s: float = Field(default=2.5, gt=0.0)
 
 
 class BenchConfig(BaseModel):

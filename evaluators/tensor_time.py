@@ -9,9 +9,10 @@ from evaluators.bench import Bench
 from evaluators.latency import measure_pair
 from evaluators.targets.base import Detections, Predicting, Session, TensorPart
 
-ROUNDS = 32
-SECONDS = 1.0
-"""Of one measurement, at most."""
+ROUNDS = 24
+SECONDS = 0.5
+"""Of one measurement, at most. With this and `LatencyConfig` a trial is timed in about 3 s, so that two workers wait
+for less than a tenth of a study whose trials take a minute."""
 
 
 class TensorSession:
