@@ -11,8 +11,8 @@ from evaluators.targets.base import Detections, Predicting, Session, TensorPart
 
 ROUNDS = 24
 SECONDS = 0.5
-"""Of one measurement, at most. With this and `LatencyConfig` a trial is timed in about 3 s, so that two workers
-wait for less than a tenth of a study whose trials take a minute.
+"""Of one measurement, at most. With this and `LatencyConfig` a trial is timed in about 3 s, so that two
+workers wait for less than a tenth of a study whose trials take a minute.
 """
 
 
