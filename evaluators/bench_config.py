@@ -33,7 +33,7 @@ class LatencyConfig(BaseModel):
     min_rounds: int = Field(default=32, ge=8)
     max_rounds: int = Field(default=240, ge=8)
     target_spread: float = Field(default=0.02, gt=0.0)
-    time_limit_s: float = Field(default=2.5, gt=0.0)
+    time_limit_s: float = Field(default=2.2, gt=0.0)
 
 
 class BenchConfig(BaseModel):

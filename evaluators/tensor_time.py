@@ -10,7 +10,7 @@ from evaluators.latency import measure_pair
 from evaluators.targets.base import Detections, Predicting, Session, TensorPart
 
 ROUNDS = 24
-SECONDS = 0.5
+SECONDS = 0.4
 """Of one measurement, at most. With this and `LatencyConfig` a trial is timed in about 3 s, so that two
 workers wait for less than a tenth of a study whose trials take a minute.
 """
