@@ -56,7 +56,7 @@ class OnnxRuntime(OnnxTarget):
         """Int8 as Q/DQ around the layer and behind it, which is what the engine fuses."""
         narrow = {layer: ranges[layer] for layer, width in bits.items() if width <= 8}
         if narrow:
-            lowered = quantized(graph, narrow, outputs_too=True, weight_levels=int8_weight_levels())
+            lowered = quantized(graph, narrow, True, int8_weight_levels(), plain_pairs=True)
         else:
             lowered = copied(graph)
         for domain in lowered.opset_import:

@@ -152,8 +152,9 @@ def test_ranges_are_never_cut_for_their_zero_point() -> None:
     assert all(f.low <= s.low + 1e-9 and f.high >= s.high - 1e-9 for f, s in zip(found, spans, strict=True))
 
 
-def test_scales_of_channels_around_kernels_with_one() -> None:
-    graph = quantized(CHAIN, RANGES, outputs_too=True)
+@pytest.mark.parametrize("plain_pairs", [False, True])
+def test_scales_of_channels_around_kernels_with_one(plain_pairs: bool) -> None:
+    graph = quantized(CHAIN, RANGES, outputs_too=True, plain_pairs=plain_pairs)
     onnx.checker.check_model(graph, full_check=True)
     y, kinds = run(graph)
     steps = np.array([span.grid()[0] for span in RANGES["thin"].written_by_channel]).reshape(1, -1, 1, 1)
@@ -161,14 +162,17 @@ def test_scales_of_channels_around_kernels_with_one() -> None:
     assert (wrong > 0.5).mean() < 0.02, "a value on the border between two steps may fall to either side"
     assert wrong.max() < 1.5
     assert kinds.count("QuantizeLinear") == kinds.count("DequantizeLinear") - 2 == 4
+    by_axis = [n for n in graph.graph.node if n.op_type.endswith("izeLinear") and n.attribute]
+    assert len(by_axis) == (2 if plain_pairs else 5), "weights, and channels where there are no plain pairs"
     one_scale = {n: replace(r, by_channel=(), written_by_channel=()) for n, r in RANGES.items()}
     plain, _ = run(quantized(CHAIN, one_scale, outputs_too=True))
     assert relative_errors(y, THIN).max() < 0.03
     assert relative_errors(plain, THIN).max() > 0.3, "one scale for all channels must lose the small ones"
 
 
-def test_the_engine_runs_integer_kernels_and_agrees() -> None:
-    graph = quantized(CHAIN, RANGES, outputs_too=True)
+@pytest.mark.parametrize("plain_pairs", [False, True])
+def test_the_engine_runs_integer_kernels_and_agrees(plain_pairs: bool) -> None:
+    graph = quantized(CHAIN, RANGES, outputs_too=True, plain_pairs=plain_pairs)
     y, _ = run(graph)
     steps = np.array([span.grid()[0] for span in RANGES["thin"].written_by_channel]).reshape(1, -1, 1, 1)
     assert (np.abs(run(graph, rewritten=True)[0] - y) / steps).max() < 1.5
@@ -228,8 +232,9 @@ BETWEEN = {
 }
 
 
+@pytest.mark.parametrize("plain_pairs", [False, True])
 @pytest.mark.parametrize("between", BETWEEN)
-def test_whatever_reads_a_layer_the_engine_agrees(between: str) -> None:
+def test_whatever_reads_a_layer_the_engine_agrees(between: str, plain_pairs: bool) -> None:
     nodes, extra = BETWEEN[between]
     weights = constants("a", "thin", "b") if between == "layer" else constants("a", "b")
     values = weights | {name: np.array(value, np.float32) for name, value in extra.items()}
@@ -237,9 +242,11 @@ def test_whatever_reads_a_layer_the_engine_agrees(between: str) -> None:
     wide = Range(-50.0, 50.0)
     ranges = {"a": RANGES["a"], "b": LayerRanges(wide, Range(-200.0, 200.0))}
     ranges["thin"] = replace(RANGES["thin"], read=wide, by_channel=())
-    made = quantized(graph, ranges, outputs_too=True)
+    made = quantized(graph, ranges, outputs_too=True, plain_pairs=plain_pairs)
     apart = any(
-        n.op_type == "DequantizeLinear" and n.output[0] == "a_dequantized" and n.attribute
+        n.output[0] == "a_dequantized_scaled"
+        if plain_pairs
+        else n.output[0] == "a_dequantized" and n.attribute
         for n in made.graph.node
     )
     assert apart == (between not in {"Sigmoid", "LeakyReLU", "mean", "Softmax", "layer"})
