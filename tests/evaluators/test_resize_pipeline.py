@@ -15,6 +15,7 @@ from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard
 from evaluators.jobs import Job
+from evaluators.latency import SETTLING
 from evaluators.pipeline import CandidateWorker
 from evaluators.resized import DISTILLED
 from evaluators.size_damage import equivalent, shaken
@@ -101,7 +102,8 @@ def test_the_candidate_and_the_base_are_timed_on_the_same_images(worker: Candida
     assert {x.shape for x in candidate.seen} == {(1, 3, 96, 96)}
     assert {x.shape for x in base.seen} == {(1, 3, 128, 128)}
     count = worker.bench.config.latency.images
-    small, large = (torch.from_numpy(np.concatenate(r.seen[3 : 3 + count])) for r in (candidate, base))
+    each = slice(3, 3 + (1 + SETTLING) * count, 1 + SETTLING)  # behind the warm-up, an image a turn
+    small, large = (torch.from_numpy(np.concatenate(r.seen[each])) for r in (candidate, base))
     shrunk = torch.nn.functional.interpolate(large, size=(96, 96), mode="bilinear", antialias=True)
     apart = (shrunk[:, None] - small[None]).abs().mean(dim=(2, 3, 4))
     assert apart.argmin(dim=1).tolist() == list(range(count))
