@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import torch
 import yaml
 from numpy.typing import NDArray
 from scipy.optimize import least_squares
@@ -70,48 +67,11 @@ def recipes_for_roofline(
     return first, _measured(bench, others, folder, say)
 
 
-def measured_bounds(threads: int) -> tuple[dict[int, float], float]:
-    """What torch reaches here: GMAC/s of a large matrix product by bit-width, and GB/s of a large copy.
-
-    No layer is faster. Without such bounds a fit on small networks, whose time goes to anything but products,
-    may call a peak what it likes.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    side = 1024
-    peaks = {}
-    for bits, kind in {32: torch.float32, 16: torch.bfloat16, 8: torch.int8}.items():
-        one = torch.ones(side, side).to(kind)
-        product = torch._int_mm if bits == 8 else torch.mm
-        peaks[bits] = side**3 / 1e9 / _fastest(partial(product, one, one))
-    block = torch.ones(2**26)
-    moved = 2 * block.numel() * block.element_size() / 1e9
-    bandwidth = moved / _fastest(block.clone)
-    torch.set_num_threads(before)
-    return peaks, bandwidth
-
-
-def _fastest(run: Callable[[], object], times: int = 12) -> float:
-    """Seconds of the fastest run."""
-    found = []
-    for _ in range(times):
-        started = time.perf_counter()
-        run()
-        found.append(time.perf_counter() - started)
-    return min(found)
-
-
-def fit_description(
-    name: str,
-    recipes: Sequence[Measured],
-    granule: int,
-    bounds: tuple[Mapping[int, float], float] = ({}, float("inf")),
-) -> Description:
+def fit_description(name: str, recipes: Sequence[Measured], granule: int) -> Description:
     """The description that predicts the latencies with the least squared relative error.
 
-    Peaks and bandwidth stay below `bounds`, as `measured_bounds` has them. Times are taken as ratio times the
-    median of the base's times in all batches: milliseconds of different minutes do not compare. Figures are
-    positive, so their logarithms are fitted.
+    Times are taken as ratio times the median of the base's times in all batches: milliseconds of different
+    minutes do not compare. Figures are positive, so their logarithms are fitted.
     """
     widths = sorted({work.bits for one in recipes for work in one.works if work.macs} | {32}, reverse=True)
     times = _times(recipes)
@@ -140,13 +100,8 @@ def fit_description(
         predicted = np.array([roofline(description, one.works).ms for one in recipes])
         return np.concatenate([predicted / times - 1, PRIOR * (logarithms - start)])
 
-    peaks, bandwidth = bounds
-    most = np.full(len(start), np.inf)
-    most[: len(widths)] = [peaks.get(width, np.inf) for width in widths]
-    most[len(widths)] = bandwidth
-    highest = np.minimum(start + np.log(LIMITS), np.log(most))
-    start = np.minimum(start, highest - 0.01)
-    found = least_squares(residuals, start, bounds=(start - np.log(LIMITS), highest), diff_step=1e-4)
+    bounds = (start - np.log(LIMITS), start + np.log(LIMITS))
+    found = least_squares(residuals, start, bounds=bounds, diff_step=1e-4)
     return described(found.x)
 
 

@@ -154,7 +154,6 @@ def roofline(
     """Fit a description of this machine, for `target: analytic:FILE`, and try it on other recipes."""
     from search.benchmarks.fit_roofline import (
         fit_description,
-        measured_bounds,
         recipes_for_roofline,
         write_description,
         write_fit,
@@ -164,9 +163,7 @@ def roofline(
         bench = at.bench
         first, others = recipes_for_roofline(bench, seen, unseen, at.settings.seed, at.folder, say)
         name = f"{at.facts['cpu']}, {bench.target.name}, {at.settings.threads} thread(s)"
-        with bench.slot.quiet():
-            bounds = measured_bounds(at.settings.threads)
-        fitted = fit_description(name, first, bench.capabilities.channel_granule, bounds)
+        fitted = fit_description(name, first, bench.capabilities.channel_granule)
         write_description(description or at.report.with_suffix(".yaml"), fitted, at.facts)
         write_fit(at.report, f"Roofline of {name}", fitted, first, others, at.facts)
     return 0
