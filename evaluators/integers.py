@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from evaluators.graph import layer_of
+from evaluators.graph import SCOPE, layer_of
 from evaluators.rewriting import constant, copied, replace_nodes, without_unread
 
 if TYPE_CHECKING:  # torch is behind it
@@ -231,7 +231,8 @@ class _Writer:
         """Add an operation of a tensor `(N, C, ...)` of a rank with a value `(C,)` for each channel."""
         shape = (1, -1) + (1,) * (rank - 2)
         name = constant(self._graph, f"{result}_by", values.astype(np.float32).reshape(shape))
-        self.nodes.append(helper.make_node(kind, [source, name], [result]))
+        # Named as the network's own, which the tensor part of a file ends with.
+        self.nodes.append(helper.make_node(kind, [source, name], [result], name=f"{SCOPE}{result}"))
         return result
 
     def _rounding(self, kind: str, ends: list[str], name: str, grid: Grid) -> None:
