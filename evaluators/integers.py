@@ -200,9 +200,9 @@ class _Writer:
 
     def _pair(self, name: str, source: str, down: Grid, up: Grid, rank: int = 4) -> str:
         """Add QuantizeLinear and DequantizeLinear, each with its own grid; the name of what comes out."""
-        bytes_, result = f"{name}_u8", f"{name}_dequantized"
         if self._plain and up is not down:
             return self._plain_pair(name, source, down, up, rank)
+        bytes_, result = f"{name}_u8", f"{name}_dequantized"
         ending = "" if up is down else "_up"
         self._rounding("QuantizeLinear", [source, bytes_], name, down)
         self._rounding("DequantizeLinear", [bytes_, result], f"{name}{ending}", up)

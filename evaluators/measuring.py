@@ -78,12 +78,9 @@ class Measuring:
         figures = self.scored(session)
         yield clock.ended("score", "wait for a quiet moment to time it")
         paired = bench.timed(session, self._base_session())
-        with bench.slot.computing():
-            threads, hint = bench.config.threads, card.runtime.hint
-            part = bench.target.prepare_tensor_part(model_in(folder), threads, hint)
-        share = tensor_share(bench, session, part)
+        share = tensor_share(bench, session, model_in(folder), card.runtime.hint)
         yield clock.ended("latency", "")
-        metrics = self._metrics(draft, recipe, folder, figures, paired, share, step_ms, hint)
+        metrics = self._metrics(draft, recipe, folder, figures, paired, share, step_ms, card.runtime.hint)
         with bench.slot.computing():  # the profile loads and runs the model once more
             kernels = session.kernels()
         bits = by_part(draft.network, bits_by_layer(recipe, bench.sites))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from evaluators.bench import Bench
 from evaluators.datasets.letterbox import decode, letterbox, network_input, spread
 from evaluators.finetune import measure_norms
-from spaces.detectors.base import Detector, Labels
+from spaces.detectors.base import Detector, Labels, Outputs
 from spaces.recipe import Recipe
 
 IMAGES = 32
@@ -40,10 +40,10 @@ class SizeDamage:
     def of(self, recipe: Recipe) -> float:
         """Distance that stands for the input size of a recipe; 0 where the loss does not grow."""
         small = self._bench.at(recipe)
-        network = copy.deepcopy(small.base)
         inputs, labels = self._images(small.detector)
-        gained = self._loss(small.detector, network, inputs, labels) - self._plain
-        return equivalent(gained, *self._known)
+        with torch.no_grad():
+            loss = small.detector.loss(_outputs(copy.deepcopy(small.base), inputs), labels)
+        return equivalent(float(loss) - self._plain[0], *self._known)
 
     def _images(self, detector: Detector) -> tuple[Tensor, list[Labels]]:
         """The picked images and their boxes as a detector takes them."""
@@ -57,35 +57,37 @@ class SizeDamage:
             labels.append(Labels(found.boxes * across_and_down.repeat(2), found.classes))
         return torch.from_numpy(network_input(np.stack(pixels), look)), labels
 
-    def _loss(
-        self, detector: Detector, network: nn.Module, inputs: Tensor, labels: Sequence[Labels]
-    ) -> float:
-        measure_norms(network, [inputs])
-        with torch.no_grad():
-            return float(detector.loss(network(inputs), labels))
-
     @cached_property
     def _full(self) -> tuple[Tensor, list[Labels]]:
         return self._images(self._bench.detector)
 
     @cached_property
-    def _plain(self) -> float:
-        """Task loss of the base at its own size."""
-        return self._loss(self._bench.detector, copy.deepcopy(self._bench.base), *self._full)
+    def _plain(self) -> tuple[float, Outputs]:
+        """Task loss and outputs of the base at its own size."""
+        inputs, labels = self._full
+        outputs = _outputs(copy.deepcopy(self._bench.base), inputs)
+        with torch.no_grad():
+            return float(self._bench.detector.loss(outputs, labels)), outputs
 
     @cached_property
     def _known(self) -> tuple[list[float], list[float]]:
         """Losses gained and distances of the base with more and more noise on its weights."""
-        detector, (inputs, labels) = self._bench.detector, self._full
-        base = copy.deepcopy(self._bench.base)
-        measure_norms(base, [inputs])
+        detector, (inputs, labels), (loss, wanted) = self._bench.detector, self._full, self._plain
         gained, distances = [], []
         for strength in SHAKEN:
-            network = shaken(self._bench.base, strength)
-            gained.append(self._loss(detector, network, inputs, labels) - self._plain)
+            outputs = _outputs(shaken(self._bench.base, strength), inputs)
             with torch.no_grad():
-                distances.append(float(detector.distillation(network(inputs), base(inputs))))
+                gained.append(float(detector.loss(outputs, labels)) - loss)
+                distances.append(float(detector.distillation(outputs, wanted)))
         return gained, distances
+
+
+def _outputs(network: nn.Module, inputs: Tensor) -> Outputs:
+    """Of a network that is taken over, once its norms are measured on the same images."""
+    measure_norms(network, [inputs])
+    with torch.no_grad():
+        outputs: Outputs = network(inputs)
+    return outputs
 
 
 def shaken(network: nn.Module, strength: float) -> nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -34,7 +36,7 @@ class TensorSession:
         return {}
 
 
-def tensor_share(bench: Bench, session: Session, part: TensorPart) -> float | None:
+def tensor_share(bench: Bench, session: Session, model: Path, hint: str) -> float | None:
     """Median over paired rounds of tensor part time / whole detector time, on the study's timing images.
 
     None where latencies are computed instead of measured. Only part and whole are in the batch, so that the
@@ -43,18 +45,20 @@ def tensor_share(bench: Bench, session: Session, part: TensorPart) -> float | No
     Args:
         bench: at the size of the model's input.
         session: of the whole file.
-        part: of the same file.
+        model: that file.
+        hint: precision that it is run with.
     """
     if isinstance(session, Predicting):
         return None
+    threads = bench.config.threads
     with bench.slot.computing():
-        images = bench.timing_inputs
+        images, part = bench.timing_inputs, bench.target.prepare_tensor_part(model, threads, hint)
     with bench.slot.quiet():
         return measure_pair(
             TensorSession(part),
             session,
             images,
-            threads=bench.config.threads,
+            threads=threads,
             min_rounds=min(ROUNDS, bench.config.latency.min_rounds),
             max_rounds=ROUNDS,
             time_limit_s=SECONDS,

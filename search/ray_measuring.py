@@ -12,7 +12,7 @@ from ray import cloudpickle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evaluators.jobs import HANDED_ON, Job, StageReport, Worker
-from search.workers import Pool
+from search.workers import Pool, one_line
 from spaces.errors import InputError
 
 MEASURING = "measure on a machine of the study's kind"
@@ -37,9 +37,7 @@ class MeasuringWorker:
                     return report.model_dump_json()
                 doing = report.next_stage or f"after {report.stage}"
         except Exception as error:
-            return json.dumps(
-                {"failed": doing, "reason": f"{type(error).__name__}: {error}".split("\n", 1)[0]}
-            )
+            return json.dumps({"failed": doing, "reason": one_line(error)})
         return json.dumps({"failed": doing, "reason": "the worker ended without a result"})
 
 
@@ -56,8 +54,10 @@ def measuring_workers(pool: Pool, pickled_factory: bytes, path: list[str]) -> li
     found = {node: dict(ray.get(reply)) for node, reply in asked.items()}
     measuring = [node for node, signature in found.items() if signature == dict(pool.signature)]
     if not measuring:
+        from search.study import differences_of  # brings Optuna, which workers do without
+
         differing = sorted(
-            {line for signature in found.values() for line in _differences(pool.signature, signature)}
+            {line for signature in found.values() for line in differences_of(pool.signature, signature)}
         )
         remedy = f"no machine of the cluster has the study's target signature ({'; '.join(differing)})"
         raise InputError("address", pool.address, remedy)
@@ -95,8 +95,3 @@ def measured_elsewhere(job: Job, handed: Mapping[str, Any], worker: Any) -> Iter
 def _on(node: str, remote: Any) -> Any:
     """A remote function or class bound to a node, without reserving anything of it."""
     return remote.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
-
-
-def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-    keys = sorted({*wanted, *found})
-    return [f"{k}: {wanted.get(k)!r} -> {found.get(k)!r}" for k in keys if wanted.get(k) != found.get(k)]

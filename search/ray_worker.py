@@ -16,7 +16,7 @@ from ray import cloudpickle, tune
 from evaluators.jobs import HANDED_ON, Job, StageReport, Worker
 from search.processes import process_started
 from search.ray_measuring import measured_elsewhere
-from search.workers import Pool, WorkerFactory
+from search.workers import Pool, WorkerFactory, one_line
 from spaces.errors import InputError
 
 EVENT = "event"
@@ -108,12 +108,6 @@ class WorkerProcess(tune.Trainable):
             )
         actor = self._measuring[self._slot % len(self._measuring)]
         return measured_elsewhere(self._job, handed, actor)
-
-
-def one_line(error: BaseException) -> str:
-    """Type and first line of the message of an exception."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def allowed_cores() -> list[int]:

@@ -153,6 +153,12 @@ def run_jobs(source: JobSource, factory: WorkerFactory, pool: Pool, stop: StopRe
         return ray_searcher.run(source, factory, pool, request, scratch)
 
 
+def one_line(error: BaseException) -> str:
+    """Type and first line of the message of an exception."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 @contextmanager
 def stop_on_signals(request: StopRequest) -> Iterator[StopRequest]:
     """Turn the first SIGINT or SIGTERM into `request`; the second one acts at once, as without us."""

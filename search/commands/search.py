@@ -124,12 +124,12 @@ def search(
     if source is not None:
         say(take_over(opened, source, SpaceTable(bench.space)))
     total = settings.search.trials
-    signature = bench.target.signature(settings.threads)
+    signature = bench.target.signature(settings.threads) if address else None
     try:
         outcome = run_search(
             opened,
             _parts(settings, bench, opened),
-            worker_factory(settings.bench, opened.artifacts, signature if address else None),
+            worker_factory(settings.bench, opened.artifacts, signature),
             trials=total,
             pool=Pool(
                 workers=settings.search.workers,
