@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -37,7 +38,6 @@ class Damage:
             repaired: Outputs = self._repaired(copy.deepcopy(bench.base))(self._images)
             self._repaired_outputs = repaired
         self._ranges: dict[str, LayerRanges] = {}
-        self._sizes = SizeDamage(bench)
 
     def of(self, recipe: Recipe) -> float:
         """The distance that a recipe causes; 0 for the identity.
@@ -75,6 +75,10 @@ class Damage:
         wanted = self._repaired_outputs if draft.changed else self._outputs
         with torch.no_grad():
             return float(bench.detector.distillation(network(self._images), wanted))
+
+    @cached_property
+    def _sizes(self) -> SizeDamage:
+        return SizeDamage(self._bench)
 
     def _repaired(self, network: nn.Module) -> nn.Module:
         measure_norms(network, [self._images])

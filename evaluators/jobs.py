@@ -58,6 +58,11 @@ class StageReport(BaseModel):
     result: dict[str, Any] | None = None
     """Last report only: `Evaluation.model_dump()` for trials, any JSON object for other jobs."""
 
+    @property
+    def doing(self) -> str:
+        """What the worker does from here on, as progress shows it."""
+        return self.next_stage or f"after {self.stage}"
+
 
 class Worker(Protocol):
     """Built once per worker process by a picklable factory without arguments, then used for many jobs."""

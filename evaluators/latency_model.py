@@ -105,7 +105,9 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
 
     For each bit-width: multiplications of dense layers and of depthwise ones in whole vector blocks, and
     elements written, by each factor of a factorised layer; where the space replaces activation functions,
-    elements that a costly one takes as well. Where it may make the input smaller, pixels of the input. Then
+    elements that a costly one takes as well; and layers, each of which is started. At 8 bits also what dense
+    layers with a kernel gather before they multiply: of few channels and a large kernel, as a stem is, it
+    takes longer than the multiplications. Where it may make the input smaller, pixels of the input. Then
     elements that cross from one bit-width to another (casts and Q/DQ); where the space lowers the number of
     proposals, the share of them that is cut out of the pyramid; and 1.
     """
@@ -139,6 +141,7 @@ def _terms(
     written = shapes.outputs * positions / elements
     costly = written * shapes.costly
     written = written + sum(part.outputs * part.positions for part in thin_parts) / elements
+    started = (shapes.outputs > 0) + sum(part.outputs > 0 for part in thin_parts)
     for width in WIDTHS:
         here = shapes.bits == width
         yield macs_dense * here
@@ -146,6 +149,11 @@ def _terms(
         yield written * here
         if table.activates:
             yield costly * here
+        yield started * here / len(table.layers)
+    gathers = (table.kernel > 1) & ~table.depthwise
+    gathered = max(float((base.inputs * table.kernel * base.positions * gathers).sum()), 1e-9)
+    windows = np.where(shapes.rank_in > 0, shapes.rank_in, shapes.inputs) * table.kernel[layers] * positions
+    yield windows * gathers[layers] * (shapes.bits == 8) / gathered
     if table.resizes:  # what belongs to no layer also falls with it: counted where the first one runs
         first = np.arange(len(table.layers))[layers] == 0
         yield positions / base.positions[0, layers] * first

@@ -8,86 +8,83 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from evaluators.accuracy import coco_figures, to_original
 from evaluators.bench import Bench
-from evaluators.datasets.letterbox import decode, letterbox, network_input, spread
+from evaluators.datasets.letterbox import network_input, spread
 from evaluators.finetune import measure_norms
-from spaces.detectors.base import Detector, Labels, Outputs
+from evaluators.torch_session import TorchSession
 from spaces.recipe import Recipe
 
-IMAGES = 32
+IMAGES = 128
+"""Of select that are scored, at most."""
+CALIBRATED = 32
+"""Of fit, on which distances are taken: BatchNorm statistics of fewer cost more than many a choice."""
 SHAKEN = (0.05, 0.1, 0.2, 0.4)
 """Standard deviations of the noise on weights, over those of the weights of a layer."""
 
 
 class SizeDamage:
-    """What a smaller input costs: the distance of a full-sized network that loses as much.
+    """What a smaller input costs: the distance of a full-sized network that loses as much AP.
 
-    Raw outputs at two sizes do not compare, task losses do. The loss that the base gains at the smaller size,
-    on the same images, is looked up among those of the base with noise on its weights, whose distances by the
-    detector's own measure are known. BatchNorm statistics are measured anew on all sides.
+    Raw outputs at two sizes do not compare, average precisions do; the task loss, on images that the base
+    was trained on, put sizes in another order than AP. The AP that the base loses at the smaller size is
+    looked up among those that it loses with noise on its weights, whose distances by the detector's own
+    measure are known.
 
     Args:
         bench: at the study's size.
-        count: images of fit that are looked at; a loss needs more of them than a distance.
+        count: images of select that are scored.
     """
 
     def __init__(self, bench: Bench, count: int = IMAGES) -> None:
         self._bench = bench
-        self._picked = [int(k) for k in spread(len(bench.fit), count)]
+        split = bench.splits["select"]
+        picked = {split.images[int(k)].id for k in spread(len(split.images), count)}
+        self._split = split.part(split.role, split.name, lambda image: image.id in picked)
+        self._places = [k for k, image in enumerate(split.images) if image.id in picked]
 
     def of(self, recipe: Recipe) -> float:
-        """Distance that stands for the input size of a recipe; 0 where the loss does not grow."""
+        """Distance that stands for the input size of a recipe; 0 where AP does not fall."""
         small = self._bench.at(recipe)
-        inputs, labels = self._images(small.detector)
-        with torch.no_grad():
-            loss = small.detector.loss(_outputs(copy.deepcopy(small.base), inputs), labels)
-        return equivalent(float(loss) - self._plain[0], *self._known)
+        return equivalent(self._plain - self._score(small, small.base), *self._known)
 
-    def _images(self, detector: Detector) -> tuple[Tensor, list[Labels]]:
-        """The picked images and their boxes as a detector takes them."""
-        fit, look = self._bench.fit, detector.preprocess
-        pixels, labels = [], []
-        for k in self._picked:
-            picture, scale = letterbox(decode(fit.split.images[k]), look.size, look.pad_value, look.fit)
-            found = fit.labels(k)
-            pixels.append(picture)
-            across_and_down = torch.from_numpy(scale / fit.scales[k]).float()
-            labels.append(Labels(found.boxes * across_and_down.repeat(2), found.classes))
-        return torch.from_numpy(network_input(np.stack(pixels), look)), labels
+    def _score(self, bench: Bench, network: nn.Module) -> float:
+        """AP in 0..100 of a network at the size of a bench."""
+        session, images, look = TorchSession(bench.whole(network)), bench.select, bench.detector.preprocess
+        found = {
+            image.id: to_original(
+                session.run(network_input(images.pixels[k : k + 1], look)), images.scales[k]
+            )
+            for k, image in zip(self._places, self._split.images, strict=True)
+        }
+        return coco_figures(self._split, found)["map"]
 
     @cached_property
-    def _full(self) -> tuple[Tensor, list[Labels]]:
-        return self._images(self._bench.detector)
-
-    @cached_property
-    def _plain(self) -> tuple[float, Outputs]:
-        """Task loss and outputs of the base at its own size."""
-        inputs, labels = self._full
-        outputs = _outputs(copy.deepcopy(self._bench.base), inputs)
-        with torch.no_grad():
-            return float(self._bench.detector.loss(outputs, labels)), outputs
+    def _plain(self) -> float:
+        return self._score(self._bench, self._bench.base)
 
     @cached_property
     def _known(self) -> tuple[list[float], list[float]]:
-        """Losses gained and distances of the base with more and more noise on its weights."""
-        detector, (inputs, labels), (loss, wanted) = self._bench.detector, self._full, self._plain
-        gained, distances = [], []
-        for strength in SHAKEN:
-            outputs = _outputs(shaken(self._bench.base, strength), inputs)
-            with torch.no_grad():
-                gained.append(float(detector.loss(outputs, labels)) - loss)
-                distances.append(float(detector.distillation(outputs, wanted)))
-        return gained, distances
+        """AP lost and distances of the base with more and more noise on its weights, norms measured anew."""
+        bench, detector = self._bench, self._bench.detector
+        images = bench.batch(bench.fit, CALIBRATED)
 
+        def repaired(network: nn.Module) -> nn.Module:
+            measure_norms(network, [images])
+            return network
 
-def _outputs(network: nn.Module, inputs: Tensor) -> Outputs:
-    """Of a network that is taken over, once its norms are measured on the same images."""
-    measure_norms(network, [inputs])
-    with torch.no_grad():
-        outputs: Outputs = network(inputs)
-    return outputs
+        base = repaired(copy.deepcopy(bench.base))
+        plain = self._score(bench, base)
+        lost, distances = [], []
+        with torch.no_grad():
+            wanted = base(images)
+            for strength in SHAKEN:
+                network = repaired(shaken(bench.base, strength))
+                distances.append(float(detector.distillation(network(images), wanted)))
+                lost.append(plain - self._score(bench, network))
+        return lost, distances
 
 
 def shaken(network: nn.Module, strength: float) -> nn.Module:
@@ -101,15 +98,15 @@ def shaken(network: nn.Module, strength: float) -> nn.Module:
     return noisy
 
 
-def equivalent(gained: float, losses: Sequence[float], distances: Sequence[float]) -> float:
-    """The distance that goes with a gained loss, by the line through 0 and the known pairs.
+def equivalent(lost: float, losses: Sequence[float], distances: Sequence[float]) -> float:
+    """The distance that goes with a loss of AP, by the line through 0 and the known pairs.
 
-    Beyond the last pair it grows in proportion; where no known loss grows, it is the largest distance.
+    Beyond the last pair it grows in proportion; where no known network loses, it is the largest distance.
     """
     known = np.maximum.accumulate([0.0, *losses])
     apart = np.maximum.accumulate([0.0, *distances])
-    if gained <= 0:
+    if lost <= 0:
         return 0.0
-    if gained > known[-1]:
-        return float(apart[-1] * (gained / known[-1] if known[-1] > 0 else 1.0))
-    return float(np.interp(gained, known, apart))
+    if lost > known[-1]:
+        return float(apart[-1] * (lost / known[-1] if known[-1] > 0 else 1.0))
+    return float(np.interp(lost, known, apart))

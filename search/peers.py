@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import openvino as ov
 
+from evaluators.accuracy import score_session
 from evaluators.bench import Bench
 from evaluators.targets.openvino_cpu import engine
 from spaces.errors import InputError
+from spaces.inputs import shown_size
+from spaces.recipe import Recipe, Resize
 
 CALIBRATION_IMAGES = 300
 """NNCF's own default of `subset_size`."""
+REDUCED_LOSS = 1.0
+"""AP that a peer's smaller input may cost on select."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,9 @@ def openvino_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel]
     All start from the base's own export, so they have its exact rewrites, its decoding and its
     post-processing, and calibrate on images of fit. Decoding and post-processing are left out of the
     quantisation, which would ruin boxes: the peers get the better of what a careful user would do. `, bf16`
-    says that what is not quantised runs in bfloat16.
+    says that what is not quantised runs in bfloat16. Where the search may choose a smaller input, so may the
+    peers, on the same images: bfloat16 at every size that loses no more than `REDUCED_LOSS`, NNCF at the
+    smallest of these.
 
     Args:
         bench: of the study, with OpenVINO as its target.
@@ -45,6 +52,20 @@ def openvino_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel]
     if bench.config.target != "openvino":
         raise InputError("target", bench.config.target, "these peers run in OpenVINO alone")
     peers = [PeerModel("OpenVINO f32", base, "f32"), PeerModel("OpenVINO bf16", base, "bf16")]
+    peers += _quantised(bench, base, directory)
+    reduced = _reduced(bench, base, directory)
+    peers += [PeerModel(f"OpenVINO bf16, {shown}", file, "bf16") for shown, (_, file) in reduced.items()]
+    if reduced:
+        shown, (small, file) = min(reduced.items(), key=lambda item: _pixels(item[1][0]))
+        peers += [
+            replace(peer, name=f"{peer.name}, {shown}") for peer in _quantised(small, file, file.parent)
+        ]
+    return peers
+
+
+def _quantised(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:
+    """A base through every way of NNCF, with what is left in float32 and in bfloat16."""
+    peers = []
     for name, make in _quantisers().items():
         file = directory / f"{name.replace(' ', '_')}.xml"
         if not file.exists():
@@ -52,6 +73,39 @@ def openvino_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel]
             ov.save_model(make(bench, base), file, compress_to_fp16=False)
         peers += [PeerModel(name, file, "f32"), PeerModel(f"{name}, bf16", file, "bf16")]
     return peers
+
+
+def _reduced(bench: Bench, base: Path, directory: Path) -> dict[str, tuple[Bench, Path]]:
+    """The base at the smaller inputs that the space offers too, where it keeps its AP: as users reduce it.
+
+    Returns:
+        Bench and float32 file by size, of those that lose at most `REDUCED_LOSS` AP on select in bfloat16.
+    """
+    if bench.sites.input is None:
+        return {}
+    at_full = _score(bench, base)
+    found = {}
+    for height, width in bench.sites.input.smaller:
+        recipe = Recipe(detector=bench.detector.name, choices=(Resize(height=height, width=width),))
+        small, shown = bench.at(recipe), shown_size((height, width))
+        folder = directory / shown
+        file = folder / bench.target.model_file
+        if not file.exists():
+            small.export(small.base, {}, recipe, folder)
+        if at_full - _score(small, file) <= REDUCED_LOSS:
+            found[shown] = small, file
+    return found
+
+
+def _score(bench: Bench, file: Path) -> float:
+    """AP on select in bfloat16, 0..100."""
+    session = bench.target.prepare(file, bench.config.threads, "bf16")
+    return score_session(session, bench.splits["select"], bench.select, bench.detector.preprocess)[0]["map"]
+
+
+def _pixels(bench: Bench) -> int:
+    height, width = bench.detector.preprocess.size
+    return height * width
 
 
 def _quantisers() -> dict[str, Callable[[Bench, Path], ov.Model]]:

@@ -35,7 +35,7 @@ class MeasuringWorker:
             for report in self._worker.run(Job.model_validate_json(job)):
                 if report.result is not None:
                     return report.model_dump_json()
-                doing = report.next_stage or f"after {report.stage}"
+                doing = report.doing
         except Exception as error:
             return json.dumps({"failed": doing, "reason": one_line(error)})
         return json.dumps({"failed": doing, "reason": "the worker ended without a result"})

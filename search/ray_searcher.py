@@ -134,7 +134,7 @@ class JobSearcher(Searcher):
             self._guarded(self._source.started, live.job, live.slot)
         elif event["kind"] == "stage":
             report = StageReport.model_validate(event["report"])
-            live.stage = report.next_stage or f"after {report.stage}"
+            live.stage = report.doing
             self._guarded(self._source.progress, live.job, report)
 
     def on_trial_complete(

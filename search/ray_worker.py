@@ -98,7 +98,7 @@ class WorkerProcess(tune.Trainable):
             self._steps = self._elsewhere(report.result[HANDED_ON])
             report = next(self._steps)
         if report.result is None:
-            self._doing = report.next_stage or f"after {report.stage}"
+            self._doing = report.doing
         return {"kind": "stage" if report.result is None else "done", "report": report.model_dump()}
 
     def _elsewhere(self, handed: dict[str, Any]) -> Iterator[StageReport]:

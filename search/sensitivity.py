@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evaluators.jobs import Job
 from search.study import SearchStudy
-from spaces.recipe import Recipe
+from spaces.recipe import Recipe, Resize
 from spaces.space import SearchSpace, Value
 from spaces.table import Options, SpaceTable
 
@@ -20,6 +20,9 @@ CHUNKS = 8
 """Jobs that the measurements are shared out to."""
 LEVELS = 3
 """Measured options of a parameter beside the first; those between are interpolated."""
+UNORDERED = ("resize",)
+"""Kinds whose options are all measured and may cost less than the ones before: which side of an input shrinks
+counts for more than its area."""
 STORED = "sensitivity"
 """Study attribute: `Sensitivity.to_json`, so that pictures and other studies need no detector to read it."""
 
@@ -89,18 +92,23 @@ def single_changes(space: SearchSpace) -> list[tuple[int, int, Recipe]]:
     changes = []
     for p, (name, parameter) in enumerate(space.parameters.items()):
         last = len(parameter.values) - 1
-        picked = sorted({round(k) for k in np.linspace(1, last, min(LEVELS, last))})
+        count = last if parameter.kind in UNORDERED else min(LEVELS, last)
+        picked = sorted({round(k) for k in np.linspace(1, last, count)})
         for option in picked:
             changes.append((p, option, space.recipe({name: parameter.values[option]})))
     return changes
 
 
 def sensitivity_jobs(space: SearchSpace, chunks: int) -> list[Job]:
-    """The measurements in `chunks` jobs of about equal length."""
-    texts = [recipe.to_json() for _, _, recipe in single_changes(space)]
-    parts = [texts[k::chunks] for k in range(chunks)]
+    """The measurements in `chunks` jobs of about equal length, and one of all input sizes.
+
+    Those share the most of what they cost: the base with noise on its weights, scored.
+    """
+    changes = [(recipe.to_json(), bool(recipe.of_kind(Resize))) for _, _, recipe in single_changes(space)]
+    texts = [text for text, resized in changes if not resized]
+    parts = [[text for text, resized in changes if resized], *(texts[k::chunks] for k in range(chunks))]
     return [
-        Job(kind="damage", name=f"{JOB} {k + 1}/{chunks}", payload={"recipes": part})
+        Job(kind="damage", name=f"{JOB} {f'{k}/{chunks}' if k else 'of sizes'}", payload={"recipes": part})
         for k, part in enumerate(parts)
         if part
     ]
@@ -110,7 +118,8 @@ def damage_table(table: SpaceTable, results: Sequence[Mapping[str, Any]]) -> NDA
     """Damage `(P, O)` of every option, from the results of `sensitivity_jobs`.
 
     Column 0 is 0; options that were not measured are interpolated by the value they set, damage never
-    falling with stronger compression; infinite where a parameter has no such option or nothing is known.
+    falling with stronger compression, but for `UNORDERED` kinds; infinite where a parameter has no such
+    option or nothing is known.
     """
     known: dict[str, float] = {}
     for result in results:
@@ -118,6 +127,7 @@ def damage_table(table: SpaceTable, results: Sequence[Mapping[str, Any]]) -> NDA
     most = int(table.sizes.max(initial=1))
     damage = np.full((len(table.names), most), np.inf)
     damage[:, 0] = 0.0
+    kinds = [parameter.kind for parameter in table.space.parameters.values()]
     measured: dict[int, list[tuple[int, float]]] = {}
     for p, option, recipe in single_changes(table.space):
         value = known.get(recipe.key)
@@ -125,7 +135,9 @@ def damage_table(table: SpaceTable, results: Sequence[Mapping[str, Any]]) -> NDA
             measured.setdefault(p, []).append((option, max(value, 0.0)))
     for p, pairs in measured.items():
         options = np.array([0] + [o for o, _ in pairs])
-        values = np.maximum.accumulate([0.0] + [v for _, v in pairs])
+        values = np.array([0.0] + [v for _, v in pairs])
+        if kinds[p] not in UNORDERED:
+            values = np.maximum.accumulate(values)
         every = np.arange(options[-1] + 1)
         damage[p, every] = np.interp(every, options, values)
     return damage

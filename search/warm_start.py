@@ -16,7 +16,7 @@ from search.sensitivity import CHUNKS, JOB, Sensitivity, sensitivity_jobs, store
 from search.study import SearchStudy, differences_of
 from search.trials import JOB_PREFIX, recipe_of
 from spaces.errors import InputError
-from spaces.recipe import Recipe
+from spaces.recipe import Recipe, Resize
 from spaces.space import SearchSpace
 from spaces.table import SpaceTable
 
@@ -105,9 +105,13 @@ def _same_damage(study: SearchStudy, source: SearchStudy, table: SpaceTable) -> 
     for name, result in source.job_results().items():
         if name.startswith(JOB):
             known |= result.get("damage", {})
-    taken = 0
+    taken, select = 0, "data select"
+    same_select = study.fingerprint.get(select) == source.fingerprint.get(select)
     for job in sensitivity_jobs(table.space, CHUNKS):
-        keys = [Recipe.from_json(text).key for text in job.payload["recipes"]]
+        recipes = [Recipe.from_json(text) for text in job.payload["recipes"]]
+        if not same_select and any(recipe.of_kind(Resize) for recipe in recipes):
+            continue  # what a size costs is told by the AP on select
+        keys = [recipe.key for recipe in recipes]
         if all(key in known for key in keys):
             result = {"damage": {key: known[key] for key in keys}, "taken from": source.name}
             study.optuna.set_user_attr(JOB_PREFIX + job.name, {"result": result})

@@ -71,7 +71,7 @@ class SpaceTable:
         facts = list(space.sites.facts.values())
         self.layers = [layer.name for layer in facts]
         self.depthwise = np.array([layer.depthwise for layer in facts])
-        self._kernel = np.array([layer.kernel[0] * layer.kernel[1] for layer in facts], float)
+        self.kernel = np.array([layer.kernel[0] * layer.kernel[1] for layer in facts], float)
         self._groups = np.array([1 if layer.depthwise else layer.groups for layer in facts], float)
         self._geometry = Geometry.of(facts)
         smaller = space.sites.input.smaller if space.sites.input else {}
@@ -242,7 +242,7 @@ class SpaceTable:
         outputs = (self._base_out[at] - lost_out) * left
         inputs = np.where(self.depthwise[at], outputs, (self._base_in[at] - lost_in) * left)
         filters = np.where(self.depthwise[at], 1.0, inputs / self._groups[at])
-        macs = outputs * filters * self._kernel[at] * positions
+        macs = outputs * filters * self.kernel[at] * positions
         rank_in = rank_out = np.zeros(macs.shape)
         if self.factorizes:
             geometry = self._geometry_of(positions, read, at)

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from evaluators.graph import MODEL_FILE, layer_nodes, layer_outputs, tensor_part
 from evaluators.packing import packed
 from evaluators.targets.base import Lowered, TensorPart, Written
+from spaces.capabilities import Capabilities
 from spaces.errors import InputError
 
 if TYPE_CHECKING:  # torch is behind these, which a process that only serves need not load
@@ -27,6 +28,11 @@ class OnnxTarget(ABC):
     """Writes `model.onnx`: the float32 graph, lowered as the engine wants it."""
 
     model_file = MODEL_FILE
+
+    @property
+    @abstractmethod
+    def capabilities(self) -> Capabilities:
+        """What the engine runs natively on this machine."""
 
     @abstractmethod
     def lower(

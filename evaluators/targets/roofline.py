@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import onnx
 import yaml
@@ -25,6 +25,11 @@ _FREE = ("QuantizeLinear", "DequantizeLinear", "Cast", "Constant", "Identity", "
 _MOVES = ("Concat", "Slice", "Split", "Resize", "MaxPool", "Transpose")
 
 
+Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Share = Fraction | dict[int, Fraction]
+"""Of a peak, 0..1: at all bit-widths, or by bit-width; 1 at those that are missing."""
+
+
 class Description(BaseModel):
     """Hardware in a few figures, as a YAML file says them.
 
@@ -33,7 +38,8 @@ class Description(BaseModel):
         peak_gmacs: 10^9 multiply-accumulates a second by bit-width; its keys are the bit-widths that run
             natively, 32 among them, 16 meaning bfloat16, any from 2 to 8.
         bandwidth_gbs: 10^9 bytes a second that layers read and write.
-        depthwise_share: of the peak, that depthwise layers reach at best.
+        dense_share: of the peak, that layers reach at best; one figure, or one by bit-width.
+        depthwise_share: the same of depthwise layers.
         elementwise_gops: 10^9 elements a second of activation functions and additions; they cost nothing
             where it is not given.
         layer_us: microseconds that starting a layer costs.
@@ -46,7 +52,8 @@ class Description(BaseModel):
     name: str
     peak_gmacs: dict[int, PositiveFloat]
     bandwidth_gbs: PositiveFloat
-    depthwise_share: float = Field(default=1.0, gt=0.0, le=1.0)
+    dense_share: Share = 1.0
+    depthwise_share: Share = 1.0
     elementwise_gops: PositiveFloat | None = None
     layer_us: float = Field(default=0.0, ge=0.0)
     fixed_ms: float = Field(default=0.0, ge=0.0)
@@ -58,6 +65,11 @@ class Description(BaseModel):
         if 32 not in peaks or not set(peaks) <= {32, 16, *range(2, 9)}:
             raise ValueError("name a peak for 32 bits, the base's own, and for any of 16 and 8 to 2")
         return peaks
+
+    def reached(self, bits: int, depthwise: bool) -> float:
+        """10^9 multiply-accumulates a second that a layer reaches at best at a native bit-width."""
+        share = self.depthwise_share if depthwise else self.dense_share
+        return self.peak_gmacs[bits] * (share.get(bits, 1.0) if isinstance(share, dict) else share)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -131,7 +143,8 @@ def read_description(file: Path) -> Description:
         raise InputError("target description", str(file), "is no YAML") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        # Of what follows a field only bit-widths are the user's own words; the rest names pydantic's types.
+        where = ".".join(str(p) for k, p in enumerate(first["loc"]) if k == 0 or isinstance(p, int))
         raise InputError(f"{file}: {where}", None, first["msg"].removeprefix("Value error, ")) from None
 
 
@@ -172,9 +185,7 @@ def roofline(description: Description, works: Sequence[Work]) -> Roofline:
     ms, ideal, bound, layers = description.fixed_ms, 0.0, 0, 0
     for work in works:
         width = description.native(work.bits)
-        peak = description.peak_gmacs[width]
-        reached = peak * (description.depthwise_share if work.depthwise else 1.0)
-        computing = work.macs / reached / 1e6
+        computing = work.macs / description.reached(width, work.depthwise) / 1e6
         moving = work.elements * width / 8 / description.bandwidth_gbs / 1e6
         ms += max(computing, moving)
         if work.arithmetic:
@@ -183,7 +194,7 @@ def roofline(description: Description, works: Sequence[Work]) -> Roofline:
             continue
         ms += description.layer_us / 1e3
         if work.macs:
-            ideal += work.macs / peak / 1e6
+            ideal += work.macs / description.peak_gmacs[width] / 1e6
             layers += 1
             bound += moving > computing
     gmacs = sum(work.macs for work in works) / 1e9

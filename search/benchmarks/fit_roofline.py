@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,20 @@ from scipy.optimize import least_squares
 from evaluators.bench import Bench
 from evaluators.latency import PairedLatency
 from evaluators.latency_model import fit_latency
-from evaluators.targets.onnx_target import OnnxTarget
 from evaluators.targets.roofline import Description, Work, roofline, work_of
+from search.benchmarks.peaks import Limits
 from search.benchmarks.recipes import measured, options_of, unseen_recipes
 from search.benchmarks.reports import rank_correlation, table, write
 from search.strategy import probe_recipes
 from spaces.effects import bits_by_layer
-from spaces.errors import InputError
 from spaces.recipe import Recipe
 from spaces.table import SpaceTable
 
-LIMITS = 1e4
-"""How far a fitted figure may leave its first guess, as a factor."""
 PRIOR = 0.01
 """Weight of the first guess, so that figures that no recipe tells of keep it."""
+STARTS = ((0.1, 0.5), (0.01, 0.1), (1.0, 10.0))
+"""First guesses: shares of the peak of dense and depthwise layers; elements a second over the base's
+multiplications a second."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,7 @@ class Measured:
 def recipes_for_roofline(
     bench: Bench, seen: int, unseen: int, seed: int, folder: Path, say: Callable[[str], None]
 ) -> tuple[list[Measured], list[Measured]]:
-    """Measure recipes to fit on and others to try it on.
-
-    Raises:
-        InputError: the target writes no ONNX files, whose work can be read.
-    """
-    if not isinstance(bench.target, OnnxTarget):
-        raise InputError("target", bench.config.target, "choose an engine of ONNX files")
+    """Measure recipes to fit on and others to try it on, in a target whose files are ONNX."""
     space = SpaceTable(bench.space)
     known = probe_recipes(space, seen, seed)
     say(f"measuring {len(known)} recipes for the fit")
@@ -67,49 +62,65 @@ def recipes_for_roofline(
     return first, _measured(bench, others, folder, say)
 
 
-def fit_description(name: str, recipes: Sequence[Measured], granule: int) -> Description:
+def fit_description(name: str, recipes: Sequence[Measured], granule: int, limits: Limits) -> Description:
     """The description that predicts the latencies with the least squared relative error.
 
     Times are taken as ratio times the median of the base's times in all batches: milliseconds of different
-    minutes do not compare. Figures are positive, so their logarithms are fitted.
+    minutes do not compare. Figures are positive, so their logarithms are fitted, from several starts. Peaks
+    are not fitted: no layer of a small network comes near them, so the recipes say nothing of them.
+
+    Args:
+        name: of the hardware.
+        recipes: to fit on.
+        granule: see `Description`.
+        limits: of the machine, as measured.
     """
-    widths = sorted({work.bits for one in recipes for work in one.works if work.macs} | {32}, reverse=True)
-    times = _times(recipes)
+    peaks, bandwidth, times = limits.peak_gmacs, limits.bandwidth_gbs, _times(recipes)
+    widths = sorted(peaks, reverse=True)
     gmacs = max(sum(w.macs for w in one.works) for one in recipes) / 1e9
     rate = gmacs / float(times.max()) * 1e3
-    guess = [rate * 2 * 32 / max(width, 8) for width in widths]
-    guess += [rate, 0.2, rate, 1.0, float(times.min()) / 20]
+    fixed = float(times.min())
+    count = len(widths)
 
     def described(logarithms: NDArray[np.float64]) -> Description:
-        *peaks, bandwidth, thin, elementwise, layer, fixed = np.exp(logarithms).tolist()
+        found = np.exp(logarithms)
+        moved, elementwise, layer, once = found[2 * count :].tolist()
+        dense, thin = (np.minimum(part, 1.0).tolist() for part in (found[:count], found[count : 2 * count]))
         return Description(
             name=name,
-            peak_gmacs=dict(zip(widths, peaks, strict=True)),
-            bandwidth_gbs=bandwidth,
-            depthwise_share=min(thin, 1.0),
+            peak_gmacs={width: peaks[width] for width in widths},
+            bandwidth_gbs=moved,
+            dense_share=dict(zip(widths, dense, strict=True)),
+            depthwise_share=dict(zip(widths, thin, strict=True)),
             elementwise_gops=elementwise,
             layer_us=layer,
-            fixed_ms=fixed,
+            fixed_ms=once,
             granule=granule,
         )
 
-    start = np.log(guess)
+    #         dense share   depthwise share   bandwidth, elements, start of a layer, once an image
+    lower = [*[0.02] * count, *[1e-4] * count, bandwidth / 100, rate / 100, 0.01, fixed / 1000]
+    upper = [*[1.0] * count, *[1.0] * count, bandwidth, rate * 100, 50.0, fixed]
+    bounds = np.log(lower), np.log(upper)
+    starts = [
+        np.log([*[dense] * count, *[thin] * count, bandwidth / 4, elementwise * rate, 1.0, fixed / 20])
+        for dense, thin, elementwise in product(*STARTS)
+    ]
 
-    def residuals(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
-        description = described(logarithms)
-        predicted = np.array([roofline(description, one.works).ms for one in recipes])
-        return np.concatenate([predicted / times - 1, PRIOR * (logarithms - start)])
+    def solved(start: NDArray[np.float64]) -> Any:
+        def residuals(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
+            description = described(logarithms)
+            predicted = np.array([roofline(description, one.works).ms for one in recipes])
+            return np.concatenate([predicted / times - 1, PRIOR * (logarithms - start)])
 
-    bounds = (start - np.log(LIMITS), start + np.log(LIMITS))
-    found = least_squares(residuals, start, bounds=bounds, diff_step=1e-4)
-    return described(found.x)
+        return least_squares(residuals, start, bounds=bounds, diff_step=1e-4)
+
+    return described(min((solved(start) for start in starts), key=lambda found: found.cost).x)
 
 
 def write_description(file: Path, description: Description, facts: Mapping[str, Any]) -> None:
     """Write the YAML file, with what it was fitted on as comments."""
-    content = description.model_dump()
-    content["peak_gmacs"] = {k: round(v, 3) for k, v in content["peak_gmacs"].items()}
-    rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in content.items()}
+    rounded = {k: _rounded(v) for k, v in description.model_dump().items()}
     comments = [f"# {key}: {value}" for key, value in facts.items()]
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join([*comments, yaml.safe_dump(rounded, sort_keys=False)]))
@@ -125,16 +136,18 @@ def write_fit(
 ) -> None:
     """Write the report: error and order on the recipes not seen, and shares of the roofline."""
     found = [roofline(description, one.works) for one in unseen]
-    times, predicted = _times([*seen, *unseen])[len(seen) :], np.array([one.ms for one in found])
+    all_times = _times([*seen, *unseen])
+    times, predicted = all_times[len(seen) :], np.array([one.ms for one in found])
     error, order = float(np.median(np.abs(predicted / times - 1))), rank_correlation(predicted, times)
     lines = [
         f"Fitted on {len(seen)} measured random recipes, tried on {len(unseen)} others: Spearman "
         f"{order:.3f}, median error {error:.1%}.",
         "",
-        *table(["figure", "fitted"], [[k, v] for k, v in _plain(description).items()]),
+        *table(["figure", "value"], [[k, v] for k, v in _plain(description).items()]),
         "",
-        "Share of the roofline: what the multiplications would take at the peaks of their bit-widths, over "
-        "the measured one.",
+        "Peaks are what this engine reaches on large convolutions here, measured in the same run; the other "
+        "figures are fitted. Share of the roofline: what the multiplications would take at the peaks of "
+        "their bit-widths, over the measured time.",
         "",
         *table(
             ["measured ms", "predicted ms", "attained GMAC/s", "share of the roofline", "bound by memory"],
@@ -158,6 +171,10 @@ def write_fit(
             {"recipe": one.recipe.to_json(), "ms": float(ms), "predicted_ms": float(guess)}
             for one, ms, guess in zip(unseen, times, predicted, strict=True)
         ],
+        "fitted on": [
+            {"recipe": one.recipe.to_json(), "ms": float(ms)}
+            for one, ms in zip(seen, all_times[: len(seen)], strict=True)
+        ],
     }
     write(file, title, lines, content, facts)
 
@@ -180,7 +197,18 @@ def _times(recipes: Sequence[Measured]) -> NDArray[np.float64]:
     return np.array([one.latency.ratio * base for one in recipes])
 
 
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def _plain(description: Description) -> dict[str, str]:
-    shown = description.model_dump(exclude={"name", "peak_gmacs"})
-    peaks = {f"peak at {bits} bits, GMAC/s": f"{v:.2f}" for bits, v in description.peak_gmacs.items()}
-    return peaks | {key: f"{value:.4g}" for key, value in shown.items()}
+    """Every figure as a row of the report says it."""
+    shown = {}
+    for key, value in description.model_dump(exclude={"name"}).items():
+        by_width = value if isinstance(value, dict) else {None: value}
+        for bits, one in by_width.items():
+            said = key if bits is None else f"{key} at {bits} bits"
+            shown[said + (" (measured)" if key == "peak_gmacs" else "")] = f"{one:.4g}"
+    return shown

@@ -43,14 +43,25 @@ class Prediction:
     extrapolates: bool
 
 
+@dataclass(frozen=True)
+class TriedModel:
+    """A latency model and what it was tried on.
+
+    Attributes:
+        known: recipes of the fit, with their ratios.
+        own_error: median relative error, each recipe of the fit left out once.
+        found: the others.
+    """
+
+    known: list[tuple[Recipe, float]]
+    own_error: float
+    found: list[Prediction]
+
+
 def predictions(
     bench: Bench, seen: int, unseen: int, seed: int, folder: Path, say: Callable[[str], None]
-) -> tuple[list[Prediction], float]:
-    """Fit on `seen` recipes, predict `unseen` others, then measure those.
-
-    Returns:
-        The predictions, and the model's own error: each recipe of the fit left out once.
-    """
+) -> TriedModel:
+    """Fit on `seen` recipes, predict `unseen` others, then measure those."""
     space = SpaceTable(bench.space)
     known = probe_recipes(space, seen, seed)
     say(f"measuring {len(known)} recipes for the fit")
@@ -76,7 +87,7 @@ def predictions(
         )
         for k, (made, latency) in enumerate(measured(bench, others, folder, say))
     ]
-    return found, model.error
+    return TriedModel(list(zip(known, ratios.tolist(), strict=True)), model.error, found)
 
 
 def figures(found: list[Prediction]) -> dict[str, float]:
@@ -94,13 +105,11 @@ def figures(found: list[Prediction]) -> dict[str, float]:
     }
 
 
-def write_predictions(
-    file: Path, title: str, seen: int, found: list[Prediction], own_error: float, facts: Mapping[str, Any]
-) -> None:
+def write_predictions(file: Path, title: str, tried: TriedModel, facts: Mapping[str, Any]) -> None:
     """Write the report."""
-    said = figures(found)
+    found, said = tried.found, figures(tried.found)
     lines = [
-        f"Fitted on {seen} measured random recipes, tried on {len(found)} others, "
+        f"Fitted on {len(tried.known)} measured random recipes, tried on {len(found)} others, "
         f"{said['mixed']:.0%} of them of mixed precision, over a {said['range']:.1f}x range of latencies.",
         "",
         *table(
@@ -111,8 +120,8 @@ def write_predictions(
             ],
         ),
         "",
-        f"The model's own estimate of its error, each recipe of the fit left out once: {own_error:.1%}. "
-        f"It says of {said['extrapolating']:.0f} recipes that it extrapolates.",
+        "The model's own estimate of its error, each recipe of the fit left out once: "
+        f"{tried.own_error:.1%}. It says of {said['extrapolating']:.0f} recipes that it extrapolates.",
         "",
         *table(
             ["bit-widths", "MACs / base", "measured / base", "predicted", "error", "extrapolates"],
@@ -140,7 +149,9 @@ def write_predictions(
         }
         for one in found
     ]
-    write(file, title, lines, {**said, "own_error": own_error, "recipes": rows}, facts)
+    known = [{"recipe": recipe.to_json(), "ratio": ratio} for recipe, ratio in tried.known]
+    content = {**said, "own_error": tried.own_error, "recipes": rows, "fitted on": known}
+    write(file, title, lines, content, facts)
 
 
 def _fit_macs(macs: NDArray[np.float64], ratios: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -98,7 +98,8 @@ def unseen_recipes(
 
     Of a pool of random ones, half of them at one bit-width and half of mixed precision, those are taken
     that lie nearest to even steps of the logarithm of the predicted ratio, from the base's down to
-    1 / `RANGE` of it or as far as the pool goes.
+    1 / `RANGE` of it. Where the pool does not go as far down, the steps begin above the base, `RANGE` over
+    the fastest.
     """
     known = {recipe.key for recipe in seen}
     pool = [recipe for recipe in probe_recipes(table, POOL, seed) if recipe.key not in known]
@@ -119,8 +120,8 @@ def _nearest_to_steps(values: NDArray[np.float64], places: NDArray[np.int64], co
     """`count` of the places whose values lie nearest to even steps, none twice."""
     if not len(places):
         return []
-    highest = min(float(values[places].max()), 0.0)
-    lowest = max(float(values[places].min()), highest - np.log(RANGE))
+    lowest = max(float(values[places].min()), -np.log(RANGE))
+    highest = min(float(values[places].max()), lowest + np.log(RANGE))
     free, picked = list(places), []
     for step in np.linspace(highest, lowest, count):
         if free:

@@ -87,9 +87,9 @@ def predict(
     from search.benchmarks.predict import predictions, write_predictions
 
     with _benchmark("predict", config, overrides(data, checkpoint, target, threads, seed), output) as at:
-        found, own = predictions(at.bench, seen, unseen, at.settings.seed, at.folder, say)
+        tried = predictions(at.bench, seen, unseen, at.settings.seed, at.folder, say)
         title = f"Latency model of {at.settings.name} in {at.bench.target.name}"
-        write_predictions(at.report, title, seen, found, own, at.facts)
+        write_predictions(at.report, title, tried, at.facts)
     return 0
 
 
@@ -158,12 +158,15 @@ def roofline(
         write_description,
         write_fit,
     )
+    from search.benchmarks.peaks import machine_limits
 
     with _benchmark("roofline", config, overrides(data, checkpoint, target, threads, seed), output) as at:
         bench = at.bench
+        say("measuring what the engine reaches on large convolutions")
+        limits = machine_limits(bench)
         first, others = recipes_for_roofline(bench, seen, unseen, at.settings.seed, at.folder, say)
         name = f"{at.facts['cpu']}, {bench.target.name}, {at.settings.threads} thread(s)"
-        fitted = fit_description(name, first, bench.capabilities.channel_granule)
+        fitted = fit_description(name, first, bench.capabilities.channel_granule, limits)
         write_description(description or at.report.with_suffix(".yaml"), fitted, at.facts)
         write_fit(at.report, f"Roofline of {name}", fitted, first, others, at.facts)
     return 0

@@ -73,6 +73,22 @@ def test_a_roofline_by_hand() -> None:
     assert found.described()["attained_gmacs"] == pytest.approx(4.1e6 / 3.7e6)
 
 
+def test_shares_of_a_peak_may_differ_by_bit_width() -> None:
+    chip = Description(
+        name="chip",
+        peak_gmacs={32: 1, 16: 2, 8: 4},
+        bandwidth_gbs=1e6,
+        dense_share={32: 0.5, 8: 0.25},
+        depthwise_share={16: 0.1},
+    )
+    works = [Work(1e6, 0, 0, bits, depthwise) for bits in (32, 16, 8) for depthwise in (False, True)]
+    reached = [0.5, 1.0, 2.0, 0.2, 1.0, 4.0]
+    for work, rate in zip(works, reached, strict=True):
+        found = roofline(chip, [work])
+        assert found.ms == pytest.approx(1 / rate)
+        assert found.share == pytest.approx(rate / chip.peak_gmacs[work.bits])
+
+
 def convolutions() -> onnx.ModelProto:
     """`(1, 4, 6, 6)` -> 3x3 with 10 channels, stride 2 -> depthwise -> concat with itself -> a decoder."""
     random = np.random.default_rng(0)
@@ -156,6 +172,11 @@ def test_kernels_are_those_of_the_description(tmp_path: Path) -> None:
         ("{name: x, bandwidth_gbs: 1, peak_gmacs: {32: 1, 12: 1}}", "peak_gmacs.*8 to 2"),
         ("{name: x, bandwidth_gbs: 0, peak_gmacs: {32: 1}}", "bandwidth_gbs.*greater than 0"),
         ("{name: x, bandwidth_gbs: 1, peak_gmacs: {32: 1}, speed: 3}", "speed"),
+        (
+            "{name: x, bandwidth_gbs: 1, peak_gmacs: {32: 1}, depthwise_share: 2}",
+            "depthwise_share: .*less than or equal to 1",
+        ),
+        ("{name: x, bandwidth_gbs: 1, peak_gmacs: {32: 1}, dense_share: {32: 0}}", "dense_share"),
         ("[", "is no YAML"),
     ],
 )

@@ -49,21 +49,26 @@ def test_features_of_a_network_known_by_heart(toy: SpaceTable) -> None:
     eight = base.copy()
     eight[0, toy.names.index("bits wide.0")] = 2  # the depthwise layer `thin` and `wide` behind it
     whole, mixed = features(toy, toy.shapes(base))[0], features(toy, toy.shapes(eight))[0]
-    # Columns: dense, depthwise, written; at 32, 16 and 8 bits; then read behind casts of int8 and of bf16.
+    # Columns: dense, depthwise, written, layers; at 32, 16 and 8 bits; then what dense layers of 8 bits
+    # gather, what is read behind casts of int8 and of bf16, and 1.
     macs = {"stem": 16 * 27, "left": 16 * 144, "right": 24 * 16, "thin": 40 * 9, "wide": 32 * 40}
     filled = macs | {"right": 32 * 16, "thin": 48 * 9, "out": 16 * 32}  # whole blocks of 16 channels
     macs["out"] = 4 * 32
     total, dense = sum(macs.values()), sum(v for k, v in filled.items() if k != "thin")
     written = 16 + 16 + 24 + 40 + 32 + 4
-    assert whole == pytest.approx([dense / total, 48 / 40, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1])
+    assert whole == pytest.approx([dense / total, 48 / 40, 1, 1, *[0] * 11, 1])
     wide = filled["wide"] / total
     crossing = (40 + 32) / written  # into `thin`, and out of `wide` into `out`
-    rest = [(dense - filled["wide"]) / total, 0, (written - 72) / written]
-    assert mixed == pytest.approx([*rest, 0, 0, 0, wide, 48 / 40, 72 / written, crossing, 0, 1])
+    rest = [(dense - filled["wide"]) / total, 0, (written - 72) / written, 4 / 6]
+    ours = [wide, 48 / 40, 72 / written, 2 / 6]
+    assert mixed == pytest.approx([*rest, *[0] * 4, *ours, 0, crossing, 0, 1])
+    kernels = base.copy()
+    kernels[0, toy.names.index("bits left.0")] = 2  # windows of 3 x 3 in 16 channels; `stem` reads 3
+    assert features(toy, toy.shapes(kernels))[0, 12] == pytest.approx(16 / (16 + 3))
 
 
 def test_it_recovers_latencies_of_its_own_form(yolox: SpaceTable) -> None:
-    weights = np.array([0.3, 0.1, 0.2, 0.2, 0.1, 0.15, 0.12, 0.2, 0.1, 0.05, 0.02, 0.1])
+    weights = np.array([0.3, 0.1, 0.2, 0.1, 0.2, 0.1, 0.15, 0.1, 0.12, 0.2, 0.1, 0.1, 0.1, 0.05, 0.02, 0.1])
     truth = LatencyModel(yolox, weights, 0.0)
     seen, unseen = drawn(yolox, 80, 0), drawn(yolox, 40, 1)
     model = fit_latency(yolox, seen, truth.predict(seen))

@@ -18,12 +18,15 @@ from evaluators.jobs import Job
 from evaluators.latency import SETTLING
 from evaluators.pipeline import CandidateWorker
 from evaluators.resized import DISTILLED
-from evaluators.size_damage import equivalent, shaken
+from evaluators.size_damage import SizeDamage, equivalent, shaken
 from evaluators.targets.base import Detections
+from evaluators.torch_session import TorchSession
+from search.sensitivity import LEVELS, damage_table, sensitivity_jobs
 from spaces.apply import rebuild, same_state
 from spaces.effects import bits_by_layer, total_macs
 from spaces.errors import InputError
 from spaces.recipe import Prune, Quantize, Recipe, Resize, identity
+from spaces.table import SpaceTable
 
 SMALLER = Resize(height=96, width=96)
 NAME = "yolox_digits"
@@ -135,6 +138,38 @@ def test_damage_grows_as_the_input_shrinks(worker: CandidateWorker) -> None:
     *_, last = worker.run(Job(kind="damage", name="more", payload={"recipes": [alone.to_json()]}))
     assert last.result is not None
     assert more == pytest.approx(mild + last.result["damage"][alone.key], rel=1e-4)
+
+
+def test_all_sizes_are_measured_in_one_job_and_keep_their_order(worker: CandidateWorker) -> None:
+    space = worker.bench.space
+    first, *others = sensitivity_jobs(space, 4)
+    name = next(name for name, parameter in space.parameters.items() if parameter.kind == "resize")
+    sizes = [space.recipe({name: value}) for value in space.parameters[name].values[1:]]
+    assert len(sizes) > LEVELS
+    assert first.payload["recipes"] == [recipe.to_json() for recipe in sizes]
+    assert not any(Recipe.from_json(t).of_kind(Resize) for job in others for t in job.payload["recipes"])
+    costs = {recipe.key: float(k % 2) for k, recipe in enumerate(sizes)}
+    table = SpaceTable(space)
+    row = damage_table(table, [{"damage": costs}])[table.names.index(name)]
+    assert row[: len(sizes) + 1].tolist() == [0.0, *costs.values()]
+
+
+def test_a_size_costs_what_a_network_does_that_loses_as_much(worker: CandidateWorker) -> None:
+    bench = worker.bench
+    damage = SizeDamage(bench)
+    recipes = [Recipe(detector=NAME, choices=(Resize(height=s, width=s),)) for s in (96, 64)]
+    found = [damage.of(recipe) for recipe in recipes]
+    lost = []
+    for recipe in (bench.identity, *recipes):
+        own = bench.at(recipe)
+        session = TorchSession(own.whole(own.base))
+        figures, _ = score_session(session, own.splits["select"], own.select, own.detector.preprocess)
+        lost.append(figures["map"])
+    assert lost[0] > lost[1] > lost[2]
+    losses, distances = damage._known
+    wanted = [equivalent(lost[0] - one, losses, distances) for one in lost[1:]]
+    assert found == pytest.approx(wanted)
+    assert np.all(np.diff(distances) > 0)
 
 
 def test_a_loss_stands_for_the_distance_of_a_network_that_loses_as_much() -> None:

@@ -1,5 +1,6 @@
 """Benchmarks of the measurements: their arithmetic by hand, and each command on a few tiny models."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -15,13 +16,16 @@ from evaluators.finetune import FineTunePlan
 from evaluators.latency import PairedLatency, Times
 from evaluators.latency_model import fit_latency
 from evaluators.quiet import QuietSlot
+from evaluators.targets.registry import target_named
 from evaluators.targets.roofline import Description, Work, roofline
 from search.benchmarks import quietness, scoring, widths
 from search.benchmarks.fit_roofline import Measured, fit_description, write_description
+from search.benchmarks.peaks import Limits, machine_limits
 from search.benchmarks.predict import Prediction, figures
 from search.benchmarks.quietness import IDLE, NO_SLOT, Model, Timed, compare_conditions, tensor_times
 from search.benchmarks.recipes import RANGE, exported, options_of, unseen_recipes
 from search.strategy import probe_recipes
+from spaces.errors import InputError
 from spaces.recipe import identity
 from spaces.table import SpaceTable
 
@@ -105,11 +109,15 @@ def test_a_roofline_is_found_again(tmp_path: Path) -> None:
         works = recipe(share)
         return Measured(identity("d"), works, latency_of(roofline(truth, works).ms / 10.0))
 
-    found = fit_description("found", [measured(share) for share in np.linspace(0, 1, 24)], granule=8)
+    recipes = [measured(share) for share in np.linspace(0, 1, 24)]
+    limits = Limits({32: 40.0, 8: 240.0}, bandwidth_gbs=30.0)
+    found = fit_description("found", recipes, 8, limits)
     unseen = [recipe(share) for share in (0.1, 0.5, 0.9)]
     for works in unseen:
         assert roofline(found, works).ms == pytest.approx(roofline(truth, works).ms, rel=0.03)
-    assert found.peak_gmacs[8] > 1.5 * found.peak_gmacs[32]
+    assert found.peak_gmacs == limits.peak_gmacs
+    assert found.bandwidth_gbs <= limits.bandwidth_gbs
+    assert found.reached(8, depthwise=False) > 1.5 * found.reached(32, depthwise=False)
     write_description(tmp_path / "found.yaml", found, {"command": "here"})
     from evaluators.targets.roofline import read_description
 
@@ -133,6 +141,18 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         cache=folder / "cache",
     )
     return Bench(config, QuietSlot(folder / "slot"))
+
+
+def test_peaks_are_of_every_native_width(bench: Bench) -> None:
+    limits = machine_limits(bench)
+    assert set(limits.peak_gmacs) == set(bench.capabilities.bit_widths)
+    macs = 4 * (256 * 3 * 28) ** 2 / 1e9
+    assert all(macs < peak < 1000 * macs for peak in limits.peak_gmacs.values()), "between 1 ms and 1 s"
+    assert limits.bandwidth_gbs > 1
+    other = copy.copy(bench)
+    other.target = target_named("torch")
+    with pytest.raises(InputError, match="ONNX"):
+        machine_limits(other)
 
 
 def test_unseen_recipes_are_new_and_spread(bench: Bench) -> None:

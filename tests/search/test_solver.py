@@ -17,7 +17,7 @@ from tests.search.toy_space import resizing_table, toy_table
 def toy_model(table: SpaceTable) -> LatencyModel:
     count = features(table, table.base).shape[1]
     weights = np.full(count, 0.02)
-    weights[[0, 3, 6]] = 0.8, 0.45, 0.3  # multiplications of dense layers at 32, 16, 8 bits
+    weights[[0, 4, 8]] = 0.8, 0.45, 0.3  # multiplications of dense layers at 32, 16, 8 bits
     return LatencyModel(table, weights, 0.0)
 
 
