@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,11 @@ from spaces.recipe import Recipe
 HANDED_ON = "handed_on"
 """In the result of a job that a machine cannot end, since latencies are measured on others: what those
 must be told. There a trial goes on as a job of kind `measure`, any other job under its own kind."""
+
+
+def trial_folder(artifacts: Path, number: int) -> Path:
+    """Where the files of a trial belong, below the folder of its study; not made here."""
+    return artifacts / f"trial-{number:05d}"
 
 
 class Job(BaseModel):

@@ -15,7 +15,7 @@ from evaluators.bench_config import BenchConfig
 from evaluators.damage import Damage
 from evaluators.evaluation import Measurement
 from evaluators.finetune import fine_tune, recalibrate_norms
-from evaluators.jobs import HANDED_ON, Job, StageReport
+from evaluators.jobs import HANDED_ON, Job, StageReport, trial_folder
 from evaluators.measuring import BASE_FOLDER, Measuring
 from evaluators.qat import as_plain, fake_quantized, rounds_in_training
 from evaluators.rungs import TrialRungs, forget_rungs
@@ -74,7 +74,7 @@ class CandidateWorker:
     def _trial(self, job: Job) -> Iterator[StageReport]:
         assert job.recipe is not None
         clock, bench, recipe = StageClock(self.bench.slot), self.bench, job.recipe
-        folder = trial_folder(self.artifacts, job)
+        folder = self._folder(job)
         with bench.slot.computing():
             draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         draft.network.requires_grad_(True)
@@ -104,7 +104,7 @@ class CandidateWorker:
         self, draft: Draft, recipe: Recipe, job: Job, clock: StageClock, step_ms: Sequence[float]
     ) -> Iterator[StageReport]:
         """Export, score and time a network whose training is over."""
-        folder = trial_folder(self.artifacts, job)
+        folder = self._folder(job)
         further = partial(self._trained_further, job.seed, clock)
         for report in self._measuring.stages(draft, recipe, folder, clock, step_ms, further):
             if report.result is not None:
@@ -117,10 +117,10 @@ class CandidateWorker:
         clock = StageClock(self.bench.slot)
         earlier = job.payload[HANDED_ON]
         with self.bench.slot.computing():
-            recipe, draft = rebuild(self.bench.detector.build(), trial_folder(self.artifacts, job))
+            recipe, draft = rebuild(self.bench.detector.build(), self._folder(job))
             draft.network.eval()
         if recipe != job.recipe:
-            raise ValueError(f"{trial_folder(self.artifacts, job)} holds another recipe's network")
+            raise ValueError(f"{self._folder(job)} holds another recipe's network")
         yield clock.ended("take over", "export")
         clock.seconds = {**earlier["seconds"], **clock.seconds}
         yield from self._measured(draft, recipe, job, clock, earlier["step_ms"])
@@ -196,6 +196,10 @@ class CandidateWorker:
         metrics["map_trained_further"] = Measurement(value=gained, unit="AP, 0..100")
         yield clock.ended("score the base trained further", "")
 
+    def _folder(self, job: Job) -> Path:
+        assert job.number is not None, "a trial has a number"
+        return trial_folder(self.artifacts, job.number)
+
     # -- preparatory jobs
 
     def _damage(self, job: Job) -> Iterator[StageReport]:
@@ -236,11 +240,6 @@ class CandidateWorker:
             "base_ms": paired.base_ms.p50,
         }
         yield StageReport(stage="latency", result=result)
-
-
-def trial_folder(artifacts: Path, job: Job) -> Path:
-    """Where the files of a trial are."""
-    return artifacts / f"trial-{job.number:05d}"
 
 
 def _handed_on(step_ms: Sequence[float], seconds: dict[str, float]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 
+from evaluators.jobs import trial_folder
 from search.storage import DEFAULT_URL, mask_url, open_storage
 from search.trials import JOB_PREFIX
 from spaces.errors import InputError
@@ -71,7 +72,7 @@ class SearchStudy:
 
     def trial_folder(self, number: int) -> Path:
         """Where the files of trial `number` belong; not made here."""
-        return self.artifacts / f"trial-{number:05d}"
+        return trial_folder(self.artifacts, number)
 
     def job_results(self) -> dict[str, dict[str, Any]]:
         """Results of the preparatory jobs that succeeded, by job name."""

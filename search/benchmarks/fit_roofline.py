@@ -76,7 +76,7 @@ def fit_description(name: str, recipes: Sequence[Measured], granule: int, limits
         limits: of the machine, as measured.
     """
     peaks, bandwidth, times = limits.peak_gmacs, limits.bandwidth_gbs, _times(recipes)
-    widths = sorted(peaks, reverse=True)
+    widths, work = sorted(peaks, reverse=True), AllWork([one.works for one in recipes])
     gmacs = max(sum(w.macs for w in one.works) for one in recipes) / 1e9
     rate = gmacs / float(times.max()) * 1e3
     fixed = float(times.min())
@@ -109,13 +109,46 @@ def fit_description(name: str, recipes: Sequence[Measured], granule: int, limits
 
     def solved(start: NDArray[np.float64]) -> Any:
         def residuals(logarithms: NDArray[np.float64]) -> NDArray[np.float64]:
-            description = described(logarithms)
-            predicted = np.array([roofline(description, one.works).ms for one in recipes])
+            predicted = work.milliseconds(described(logarithms))
             return np.concatenate([predicted / times - 1, PRIOR * (logarithms - start)])
 
         return least_squares(residuals, start, bounds=bounds, diff_step=1e-4)
 
     return described(min((solved(start) for start in starts), key=lambda found: found.cost).x)
+
+
+class AllWork:
+    """The work of many recipes as arrays, W operations in all: `roofline` for all of them at once.
+
+    Args:
+        works: of each of N recipes.
+    """
+
+    def __init__(self, works: Sequence[Sequence[Work]]) -> None:
+        flat = [work for one in works for work in one]
+        self._count = len(works)
+        self._recipe = np.repeat(np.arange(len(works)), [len(one) for one in works])
+        self._macs, self._elements, self._arithmetic = (
+            np.array([getattr(work, field) for work in flat]) for field in ("macs", "elements", "arithmetic")
+        )
+        self._bits = np.array([work.bits for work in flat])
+        self._depthwise = np.array([work.depthwise for work in flat])
+
+    def milliseconds(self, description: Description) -> NDArray[np.float64]:
+        """Time of every recipe `(N,)`, as `roofline` says it."""
+        kinds = {(int(b), bool(d)) for b, d in zip(self._bits, self._depthwise, strict=True)}
+        reached, width = np.ones(len(self._bits)), np.ones(len(self._bits))
+        for bits, depthwise in kinds:
+            here = (self._bits == bits) & (self._depthwise == depthwise)
+            width[here] = description.native(bits)
+            reached[here] = description.reached(description.native(bits), depthwise)
+        computing = self._macs / reached / 1e6
+        moving = self._elements * width / 8 / description.bandwidth_gbs / 1e6
+        elementwise = self._arithmetic / (description.elementwise_gops or np.inf) / 1e6
+        started = np.where(self._arithmetic > 0, 0.0, description.layer_us / 1e3)
+        each = np.maximum(computing, moving) + elementwise + started
+        summed = np.bincount(self._recipe, each, self._count).astype(np.float64)
+        return description.fixed_ms + summed
 
 
 def write_description(file: Path, description: Description, facts: Mapping[str, Any]) -> None:

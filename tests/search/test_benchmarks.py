@@ -19,7 +19,7 @@ from evaluators.quiet import QuietSlot
 from evaluators.targets.registry import target_named
 from evaluators.targets.roofline import Description, Work, roofline
 from search.benchmarks import quietness, scoring, widths
-from search.benchmarks.fit_roofline import Measured, fit_description, write_description
+from search.benchmarks.fit_roofline import AllWork, Measured, fit_description, write_description
 from search.benchmarks.peaks import Limits, machine_limits
 from search.benchmarks.predict import Prediction, figures
 from search.benchmarks.quietness import IDLE, NO_SLOT, Model, Timed, compare_conditions, tensor_times
@@ -113,6 +113,8 @@ def test_a_roofline_is_found_again(tmp_path: Path) -> None:
     limits = Limits({32: 40.0, 8: 240.0}, bandwidth_gbs=30.0)
     found = fit_description("found", recipes, 8, limits)
     unseen = [recipe(share) for share in (0.1, 0.5, 0.9)]
+    one_by_one = [roofline(found, works).ms for works in unseen]
+    assert AllWork(unseen).milliseconds(found) == pytest.approx(one_by_one)
     for works in unseen:
         assert roofline(found, works).ms == pytest.approx(roofline(truth, works).ms, rel=0.03)
     assert found.peak_gmacs == limits.peak_gmacs
