@@ -20,6 +20,10 @@ from search.report import Peer
 
 ROUNDS = (60, 240)
 SECONDS_A_MODEL = 6.0
+PEER_LOSS = 1.0
+"""AP that the peer may lose that others are compared with."""
+TRIAL = "trial "
+"""Begins the names of what the search found; all others are peers."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,13 @@ def _megabytes(file: Path) -> float:
     return (file.stat().st_size + (weights.stat().st_size if weights.exists() else 0)) / 1e6
 
 
+def fastest_peer(rows: Sequence[Compared], split: str) -> str:
+    """The name of the fastest peer that loses no more than `PEER_LOSS` AP on a split; the base is one."""
+    peers = [row for row in rows if not row.name.startswith(TRIAL)]
+    good = [row for row in peers if row.difference[split][0] >= -PEER_LOSS]
+    return min(good, key=lambda row: row.ratio[0]).name
+
+
 def write_report(
     file: Path, title: str, rows: Sequence[Compared], reference: str, facts: Mapping[str, Any]
 ) -> None:
@@ -144,13 +155,13 @@ def write_picture(
     Args:
         file: `.png`.
         front: of the study; its rows give numbers and sizes, `compared` the figures.
-        compared: trials under the names `trial N`, everything else is a peer.
+        compared: trials under names that begin with `TRIAL`, everything else is a peer.
         split: whose mAP is drawn.
     """
     found = {row.name: row for row in compared}
     rows = []
     for row in front.rows:
-        measured = found.get(f"trial {row.number}")
+        measured = found.get(f"{TRIAL}{row.number}")
         if measured is not None:
             ratio, low, high = measured.ratio
             rows.append(
@@ -168,7 +179,7 @@ def write_picture(
     peers = [
         Peer(row.name, row.map[split], *row.ratio)
         for row in compared[1:]
-        if not row.name.startswith("trial ") and row.map[split] > best - 8
+        if not row.name.startswith(TRIAL) and row.map[split] > best - 8
     ]
     base = replace(front.base, map=compared[0].map[split], split=split, latency_ratio=1.0)
     front_png(file, rows, base, peers=peers, title=title, subtitle=subtitle)

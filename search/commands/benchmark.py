@@ -56,15 +56,17 @@ def peers(
     split: Annotated[
         list[str] | None, typer.Option("--split", help="Where mAP is taken; may be repeated.")
     ] = None,
+    slow: Annotated[
+        bool, typer.Option("--slow/--quick", help="Also peers that train, or search themselves.")
+    ] = True,
     output: Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")] = RESULTS,
 ) -> int:
-    """The front of a study beside OpenVINO and NNCF on the same base, timed in one run."""
+    """The front of a study beside what others make of the same base, timed in one run."""
     from evaluators.bench import Bench
     from evaluators.exported import ModelCard, model_in
-    from evaluators.targets.openvino_cpu import OpenVinoSession
-    from search.comparison import compare, facts_of, write_picture, write_report
+    from search.comparison import TRIAL, compare, facts_of, fastest_peer, write_picture, write_report
     from search.front import front_of, subtitle_of
-    from search.peers import openvino_peers
+    from search.peers.all_peers import peer_models
     from search.retention import base_number, front_numbers
     from search.study import load_study
     from spaces.errors import InputError
@@ -75,20 +77,20 @@ def peers(
     if base is None:
         raise InputError("study", study, "has no base yet; let the search run until its first trial")
     threads = bench.config.threads
-    models = {}
-    for peer in openvino_peers(bench, model_in(opened.trial_folder(base)), opened.artifacts / "peers"):
-        models[peer.name] = (OpenVinoSession(peer.model, threads, peer.hint), peer.model)
+    folder = opened.artifacts / "peers"
+    first, *others = peer_models(bench, model_in(opened.trial_folder(base)), folder, slow)
+    models = {peer.name: (peer.session(threads), peer.model) for peer in (first, *others)}
     for number in sorted(front_numbers(opened) - {base}):
         file = model_in(opened.trial_folder(number))
         if file.is_file():
-            session = OpenVinoSession(file, threads, ModelCard.beside(file).runtime.hint)
-            models[f"trial {number}"] = (session, file)
+            session = bench.target.prepare(file, threads, ModelCard.beside(file).runtime.hint)
+            models[f"{TRIAL}{number}"] = (session, file)
     splits = split or ["select", "report"]
-    rows = compare(bench, models, "OpenVINO f32", splits, say)
+    rows = compare(bench, models, first.name, splits, say)
     report = output / f"peers_{study}.md"
     facts = facts_of(bench, benchmark_command())
     title = f"Front of {study} and its peers"
-    write_report(report, title, rows, "OpenVINO bf16", facts)
+    write_report(report, title, rows, fastest_peer(rows, splits[-1]), facts)
     front = front_of(opened)
     write_picture(report.with_suffix(".png"), front, rows, splits[-1], title, subtitle_of(opened))
     say(report.read_text())

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
+from evaluators.accuracy import score_session
 from evaluators.bench import Bench
 from evaluators.bench_config import BenchConfig, LatencyConfig, SpaceConfig
 from evaluators.datasets.base import DataConfig
 from evaluators.datasets.digits import write_digits
 from evaluators.exported import ModelCard
+from evaluators.finetune import FineTunePlan
 from evaluators.quiet import QuietSlot
-from evaluators.targets.openvino_cpu import OpenVinoSession
-from search import peers
-from search.comparison import compare
+from evaluators.targets.openvino_cpu import engine
+from search.comparison import Compared, compare, fastest_peer
+from search.peers import nncf_peers, onnxruntime_peers, openvino_peers, pruning_peers
+from search.peers.all_peers import peer_models
 from spaces.errors import InputError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
@@ -33,45 +37,85 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         space=SpaceConfig(methods=("prune", "resize")),
         target="openvino",
         latency=LatencyConfig(images=2, min_rounds=8, max_rounds=8, time_limit_s=0.2),
+        finetune=FineTunePlan(epochs=1, batch_size=4, mirror=False),
         calibration_images=2,
         cache=folder / "cache",
     )
     return Bench(config, QuietSlot(folder / "slot"))
 
 
-def test_peers_may_shrink_the_input_where_the_search_may(
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in (nncf_peers, onnxruntime_peers):
+        monkeypatch.setattr(package, "CALIBRATION_IMAGES", 4)
+
+
+def test_all_peers_find_what_the_base_finds(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "CALIBRATION_IMAGES", 4)
-    monkeypatch.setattr(peers, "REDUCED_LOSS", 30.0)
+    monkeypatch.setattr(pruning_peers, "RATIOS", (0.125,))
+    monkeypatch.setattr(openvino_peers, "REDUCED_LOSS", 30.0)
     base = bench.base_model(tmp_path / "base")
-    found = {peer.name: peer for peer in peers.openvino_peers(bench, base, tmp_path / "peers")}
-    plain = ["OpenVINO f32", "OpenVINO bf16", *(f"nncf{kind}" for kind in ("", " MIXED", " conv only"))]
-    assert set(plain) <= set(found)
+    first, *others = peer_models(bench, base, tmp_path / "peers")
+    found = {peer.name: peer for peer in others}
+    assert first.name == "OpenVINO f32"
+    assert {
+        "OpenVINO bf16",
+        "nncf MIXED, bf16",
+        "nncf accuracy control, bf16",
+        "torch-pruning 12.5%, bf16",
+        "torch-pruning 12.5%, int8 + bf16",
+        "ONNX Runtime QDQ",
+        "ONNX Runtime QDQ, conv only",
+    } <= set(found)
     sizes = [name.rsplit(", ", 1)[1] for name in found if name.startswith("OpenVINO bf16, ")]
-    assert sizes
-    smallest = min(sizes, key=lambda shown: int(shown.split("x")[0]) * int(shown.split("x")[1]))
-    assert f"nncf conv only, bf16, {smallest}" in found
-    chosen = {name: found[name] for name in ("OpenVINO f32", f"nncf conv only, bf16, {smallest}")}
-    assert ModelCard.beside(chosen[f"nncf conv only, bf16, {smallest}"].model).preprocess.size != (128, 128)
-    models = {name: (OpenVinoSession(peer.model, 1, peer.hint), peer.model) for name, peer in chosen.items()}
-    rows = compare(bench, models, "OpenVINO f32", ["select"], lambda line: None)
-    full, small = (row.map["select"] for row in rows)
-    assert full > 20
-    assert full - small < 40, "boxes are in pixels of the originals"
+    smallest = min(sizes, key=lambda shown: math.prod(map(int, shown.split("x"))))
+    shrunk = found[f"nncf conv only, bf16, {smallest}"]
+    assert "x".join(map(str, ModelCard.beside(shrunk.model).preprocess.size)) == smallest != "128x128"
+    assert found["torch-pruning 12.5%, bf16"].model.stat().st_size < 0.9 * base.stat().st_size
+    names = ("torch-pruning 12.5%, int8 + bf16", "ONNX Runtime QDQ, conv only", shrunk.name)
+    models = {first.name: (first.session(1), base)}
+    models |= {name: (found[name].session(1), found[name].model) for name in names}
+    rows = compare(bench, models, first.name, ["select"], lambda line: None)
+    assert rows[0].map["select"] > 20
+    assert all(row.map["select"] > 5 for row in rows), "boxes are in pixels of the originals"
+    again = peer_models(bench, base, tmp_path / "peers")
+    assert [peer.name for peer in again] == [first.name, *found]
 
 
 def test_a_size_that_costs_too_much_is_no_peer(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peers, "REDUCED_LOSS", -100.0)
-    monkeypatch.setattr(peers, "_quantisers", dict)
-    found = peers.openvino_peers(bench, bench.base_model(tmp_path / "base"), tmp_path / "peers")
+    monkeypatch.setattr(openvino_peers, "REDUCED_LOSS", -100.0)
+    monkeypatch.setattr(openvino_peers, "quantised_peers", lambda *_: [])
+    found = openvino_peers.openvino_peers(bench, bench.base_model(tmp_path / "base"), tmp_path / "peers")
     assert [peer.name for peer in found] == ["OpenVINO f32", "OpenVINO bf16"]
 
 
-def test_they_run_in_openvino_alone(bench: Bench, tmp_path: Path) -> None:
+def test_accuracy_control_sees_select(bench: Bench, tmp_path: Path) -> None:
+    """What NNCF maximises is the AP of `score_session` on the same images."""
+    model = bench.base_model(tmp_path / "base")
+    compiled = engine().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    images = bench.inputs(bench.select, len(bench.select))
+    session = bench.target.prepare(model, 1)
+    figures, _ = score_session(session, bench.splits["select"], bench.select, bench.detector.preprocess)
+    assert nncf_peers._average_precision(bench, compiled, images) == pytest.approx(figures["map"])
+
+
+def test_peers_of_onnx_runtime_are_its_own(bench: Bench, tmp_path: Path) -> None:
     config = bench.config.model_copy(update={"target": "onnxruntime"})
     other = Bench(config, bench.slot)
-    with pytest.raises(InputError, match="OpenVINO alone"):
-        peers.openvino_peers(other, tmp_path / "model.onnx", tmp_path)
+    found = peer_models(other, other.base_model(tmp_path / "base"), tmp_path / "peers")
+    assert [peer.engine for peer in found] == ["onnxruntime"] * 3
+    torch_bench = Bench(bench.config.model_copy(update={"target": "torch"}), bench.slot)
+    with pytest.raises(InputError, match="have peers"):
+        peer_models(torch_bench, tmp_path / "model.pt2", tmp_path)
+
+
+def test_the_fastest_peer_is_one_that_keeps_its_accuracy() -> None:
+    def row(name: str, lost: float, ratio: float) -> Compared:
+        return Compared(name, 1.0, {}, {}, {"report": (-lost, 0.0, 0.0)}, (ratio, ratio, ratio))
+
+    rows = [row("base", 0.0, 1.0), row("a", 0.9, 0.8), row("b", 1.1, 0.5), row("trial 3", 0.0, 0.4)]
+    assert fastest_peer(rows, "report") == "a"
+    assert fastest_peer([rows[0], rows[2]], "report") == "base"
