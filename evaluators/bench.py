@@ -20,7 +20,7 @@ from evaluators.datasets.base import DetectionSplit, load_split, load_splits
 from evaluators.datasets.letterbox import LetterboxedImages, network_input, spread
 from evaluators.evaluation import RESULT_VERSION
 from evaluators.exported import ModelCard, Runtime, card_categories
-from evaluators.importance import taylor_scores
+from evaluators.importance import batchnorm_scores, taylor_scores
 from evaluators.latency import PairedLatency, measure_pair
 from evaluators.postprocess import WholeDetector
 from evaluators.quiet import QuietSlot
@@ -187,9 +187,13 @@ class Bench:
     @cached_property
     def statistics(self) -> dict[str, Tensor]:
         """Importance of channels; empty for magnitude."""
-        if self.config.importance == "magnitude":
-            return {}
-        return taylor_scores(self.base, self.detector, self.fit, self.slot)
+        match self.config.importance:
+            case "magnitude":
+                return {}
+            case "batchnorm":
+                return batchnorm_scores(self.base)
+            case "taylor":
+                return taylor_scores(self.base, self.detector, self.fit, self.slot)
 
     def statistics_for(self, recipe: Recipe) -> dict[str, Tensor]:
         """`statistics` where the recipe prunes; they cost a pass over fit."""

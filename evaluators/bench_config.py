@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from evaluators.calibration import QuantizationPlan
 from evaluators.datasets.base import DataConfig
 from evaluators.finetune import FineTunePlan
+from evaluators.importance import Importance
 from spaces.detectors.base import Postprocess
 from spaces.space import Granularity
 
@@ -52,7 +52,7 @@ class BenchConfig(BaseModel):
     finetune: FineTunePlan = FineTunePlan()
     quantization: QuantizationPlan = QuantizationPlan()
     latency: LatencyConfig = LatencyConfig()
-    importance: Literal["magnitude", "taylor"] = "taylor"
+    importance: Importance = "taylor"
     calibration_images: int = Field(default=32, ge=1)
     seed: int = 0
     cache: Path = Path("runs/cache")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,17 @@ from evaluators.quiet import QuietSlot
 from evaluators.teacher import batch_of
 from spaces.detectors.base import Detector
 
+Importance = Literal["magnitude", "batchnorm", "taylor"]
 NORMS = (nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d)
+
+
+def batchnorm_scores(network: nn.Module) -> dict[str, Tensor]:
+    """Scales of the norms: `|gamma|` `(channels,)` float64 by normalisation layer.
+
+    Network slimming (Liu et al. 2017, arXiv 1708.06519), without its sparse training beforehand.
+    """
+    norms = {name: m for name, m in network.named_modules() if isinstance(m, NORMS) and m.weight is not None}
+    return {name: norm.weight.detach().double().abs() for name, norm in norms.items()}
 
 
 def taylor_scores(

@@ -23,7 +23,7 @@ def recipe_of(method: str, bench: Bench) -> Recipe | None:
 
 def together(bench: Bench, sparsity: float, rank: float, bits: int) -> list[AnyChoice]:
     """Pruning, low rank where it pays at the base's shape, and a bit-width, at every site."""
-    return [*_pruned(bench, sparsity), *_factorised(bench, rank), *_quantised(bench, bits)]
+    return [*pruned(bench, sparsity), *_factorised(bench, rank), *_quantised(bench, bits)]
 
 
 def _options(bench: Bench, kind: str) -> list[tuple[Choice, ...]]:
@@ -32,7 +32,9 @@ def _options(bench: Bench, kind: str) -> list[tuple[Choice, ...]]:
     return [options for options in offered.values() if len(options) > 1]
 
 
-def _pruned(bench: Bench, sparsity: float) -> list[AnyChoice]:
+def pruned(bench: Bench, sparsity: float) -> list[AnyChoice]:
+    """The sparsity on offer nearest to this one, at every site."""
+
     def distance(choice: Choice) -> float:
         assert isinstance(choice, Prune)
         return abs(choice.sparsity - sparsity)
@@ -70,7 +72,7 @@ def _dropped(bench: Bench) -> list[AnyChoice]:
 
 
 MODERATE: dict[str, Callable[[Bench], list[AnyChoice]]] = {
-    "prune": lambda bench: _pruned(bench, SPARSITY),
+    "prune": lambda bench: pruned(bench, SPARSITY),
     "quantize int8": lambda bench: _quantised(bench, 8),
     "quantize bf16": lambda bench: _quantised(bench, 16),
     "codebook": _clustered,

@@ -172,12 +172,12 @@ class MethodBench:
     def _measured(self, method: str, recipe: Recipe, number: int) -> Row:
         worker, _ = self._trained
         job = Job(kind="trial", name=method, number=number, recipe=recipe, seed=self.bench.config.seed)
-        tuned = _result(worker, job)
+        tuned = result_of(worker, job)
         trained = "train_step_ms" in tuned.metrics
         one_shot = None
         if trained:
-            file = Path(str(_result(self._one_shot, job).artifact))
-            one_shot = self._scored(self.bench, _session(self.bench, file))[0]["map"]
+            file = Path(str(result_of(self._one_shot, job).artifact))
+            one_shot = self._scored(self.bench, session_of(self.bench, file))[0]["map"]
         folder = Path(str(tuned.artifact)).parent
         engines, found = {}, {}
         for engine in self.engines:
@@ -203,7 +203,7 @@ class MethodBench:
             with bench.slot.computing():
                 place = self._folder / engine / str(number)
                 file, _ = bench.export(draft.network.eval(), bits, recipe, place)
-        session = _session(bench, file)
+        session = session_of(bench, file)
         self._say(f"  timing it in {engine}")
         paired = bench.timed(session, self._base(engine))
         figures, found = self._scored(bench, session)
@@ -233,7 +233,7 @@ class MethodBench:
             bench = self.engines[engine]
             with bench.slot.computing():
                 file = bench.base_model(self._base_folder(engine))
-            self._bases[engine] = _session(bench, file)
+            self._bases[engine] = session_of(bench, file)
         return self._bases[engine]
 
     def _base_detections(self) -> dict[int, Detections]:
@@ -246,7 +246,7 @@ class MethodBench:
             return score_session(session, self._report, bench.images(self._report), bench.detector.preprocess)
 
 
-def _result(worker: CandidateWorker, job: Job) -> Evaluation:
+def result_of(worker: CandidateWorker, job: Job) -> Evaluation:
     """Run a job to its end."""
     result = None
     for report in worker.run(job):
@@ -254,7 +254,7 @@ def _result(worker: CandidateWorker, job: Job) -> Evaluation:
     return Evaluation.model_validate(result)
 
 
-def _session(bench: Bench, file: Path) -> Session:
+def session_of(bench: Bench, file: Path) -> Session:
     with bench.slot.computing():
         return bench.target.prepare(file, bench.config.threads, ModelCard.beside(file).runtime.hint)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from search.commands.families import built, finetune, methods
+from search.commands.families import built, finetune, importance, methods
 from search.commands.measure import evaluate_profile, latency, predict, quantize, roofline
 from search.commands.options import (
     DEFAULT_STORAGE,
@@ -39,6 +39,7 @@ benchmark.command("evaluate")(evaluate_profile)
 benchmark.command("quantize")(quantize)
 benchmark.command("roofline")(roofline)
 benchmark.command("methods")(methods)
+benchmark.command("importance")(importance)
 benchmark.command("built")(built)
 benchmark.command("finetune")(finetune)
 benchmark.command("gather")(gather)

@@ -61,11 +61,10 @@ def accuracy_controlled(bench: Bench, base: Path, directory: Path) -> list[PeerM
     nncf, name = _nncf(), "nncf accuracy control"
     file = directory / f"{name.replace(' ', '_')}.xml"
     if not file.exists():
-        positions = list(range(len(bench.select)))
         model = nncf.quantize_with_accuracy_control(
             engine().read_model(base),
             nncf.Dataset(bench.inputs(bench.fit, CALIBRATION_IMAGES)),
-            nncf.Dataset(positions, lambda k: bench.inputs(bench.select, len(positions))[k]),
+            nncf.Dataset(bench.inputs(bench.select, len(bench.select))),
             lambda compiled, images: (_average_precision(bench, compiled, images), None),
             max_drop=MAX_DROP,
             subset_size=CALIBRATION_IMAGES,

@@ -78,9 +78,9 @@ def kept_channels(channels: int, sparsity: float) -> int:
 def importance(site: ChannelSite, network: nn.Module, statistics: Statistics) -> Tensor:
     """Importance `(channels,)` of a site's channels.
 
-    With statistics (Taylor scores, Molchanov et al. 2019, arXiv 1906.10771) their sum over the members
-    that produce the channels. Without, the mean over all members of the L2 norms of their slices, each
-    member scaled to mean 1 (group L2, Fang et al. 2023, arXiv 2301.12900).
+    With statistics (Taylor scores, Molchanov et al. 2019, arXiv 1906.10771, or scales of norms) their sum
+    over the members that produce the channels. Without, the mean over all members of the L2 norms of their
+    slices, each member scaled to mean 1 (group L2, Fang et al. 2023, arXiv 2301.12900).
     """
     total = torch.zeros(site.channels, dtype=torch.float64)
     measured = [m for m in site.members if m.side == "out" and m.layer in statistics]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.datasets.letterbox import LetterboxedImages
-from evaluators.importance import taylor_scores
+from evaluators.importance import batchnorm_scores, taylor_scores
 from evaluators.quiet import QuietSlot
 from evaluators.teacher import batch_of
 from spaces.apply import same_state
@@ -39,6 +39,16 @@ def loss_behind_gates(network: nn.Module, norm: str, gates: Tensor, images: Tens
         loss = SMOOTH.loss(network(images), [])
     handle.remove()
     return float(loss)
+
+
+def test_scales_of_norms_are_importance_too() -> None:
+    network = lively_network(SMOOTH)
+    norm = network.get_submodule(STEM)
+    norm.weight.data[:2] = torch.tensor([-3.0, 0.5])
+    scores = batchnorm_scores(network)
+    assert scores[STEM][:2].tolist() == [3.0, 0.5]
+    norms = {name for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    assert set(scores) == norms
 
 
 @pytest.mark.parametrize("norm", [STEM, "head.stems.1.bn"])

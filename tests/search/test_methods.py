@@ -11,6 +11,7 @@ from evaluators.datasets.base import DataConfig
 from evaluators.datasets.digits import write_digits
 from evaluators.finetune import FineTunePlan
 from search.benchmarks.built import built_bench, measure_built, write_built
+from search.benchmarks.criteria import CRITERIA, compare_criteria, write_criteria
 from search.benchmarks.method_recipes import MEANING, MODERATE, recipe_of
 from search.benchmarks.method_table import measure_methods, read_sections
 from search.benchmarks.methods import InEngine, MethodBench, Row, Section
@@ -162,6 +163,17 @@ def test_a_trained_and_an_untrained_row_of_a_tiny_detector(config: BenchConfig, 
         assert all(one.size_mb < section.base_mb for one in row.engines.values())
     assert integers.engines["openvino"].kernels.keys() == {"i8"}
     assert pruned.engines["onnxruntime"].kernels.keys() == {"f32"}
+
+
+def test_criteria_of_importance_side_by_side(config: BenchConfig, tmp_path: Path) -> None:
+    base, rows = compare_criteria(config, (0.25,), tmp_path / "files", lambda line: None)
+    assert [row.criterion for row in rows] == list(CRITERIA)
+    assert base > 0
+    assert len({row.one_shot for row in rows}) > 1, "they prune other channels"
+    for row in rows:
+        assert row.difference[0] == pytest.approx(row.trained - base)
+    write_criteria(tmp_path / "report.md", "Criteria", base, 1, rows, {"command": "here"})
+    assert "| 25.0% | batchnorm |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_built_model_is_timed_with_random_weights(config: BenchConfig, tmp_path: Path) -> None:
