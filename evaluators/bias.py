@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluators.calibration import LayerRanges
+from evaluators.integers import FULL_LEVELS
 from evaluators.rounding import round_layer
 
 BIAS_IMAGES = 16
@@ -23,6 +24,9 @@ def correct_biases(
     Nagel et al. 2019, arXiv 1906.04721, section 4.2, with means measured on images: layer after layer, each
     one behind those that are corrected already. A layer without a bias gets one. Layers that run several
     times an image, such as a head's that is shared by levels, are left as they are: they have several means.
+    So are layers of fewer than 8 bits: their rounding makes another distribution of what they produce, and
+    its mean alone, put back, leads away (the digits detector at 4 bits falls from 52.5 to 29.9 AP by it, at
+    6 bits from 72.0 to 71.1; at 8 bits it rises from 72.8 to 73.1).
 
     Args:
         network: simplified, as it will be exported.
@@ -54,7 +58,7 @@ def correct_biases(
     for name, spans in ranges.items():
         layer = rounded.get_submodule(name)
         round_layer(layer, spans, weight_levels)
-        if len(wanted[name]) == 1:
+        if len(wanted[name]) == 1 and spans.largest >= FULL_LEVELS:
             layer.register_forward_hook(correct(name))
     with torch.no_grad():
         rounded(images)
