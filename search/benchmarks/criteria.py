@@ -9,7 +9,6 @@ from typing import Any, get_args
 
 from evaluators.accuracy import map_difference_interval, score_session
 from evaluators.bench import Bench
-from evaluators.bench_config import BenchConfig
 from evaluators.importance import Importance
 from evaluators.jobs import Job
 from evaluators.pipeline import CandidateWorker
@@ -41,18 +40,14 @@ class Pruned:
 
 
 def compare_criteria(
-    config: BenchConfig, sparsities: Sequence[float], folder: Path, say: Callable[[str], None]
+    bench: Bench, sparsities: Sequence[float], folder: Path, say: Callable[[str], None]
 ) -> tuple[float, list[Pruned]]:
     """Prune, train and score as a search does.
 
     Returns:
         AP of the base on report, and the rows.
-
-    Raises:
-        InputError: the configuration cannot be used.
     """
-    brief = config.model_copy(update={"latency": BRIEF})
-    bench = Bench(brief)
+    brief = bench.config.model_copy(update={"latency": BRIEF})
     report = bench.split("report")
 
     def scored(file: Path) -> tuple[float, dict[int, Detections]]:
@@ -76,7 +71,7 @@ def compare_criteria(
         }
         for number, sparsity in enumerate(sparsities):
             recipe = Recipe(detector=bench.detector.name, choices=tuple(pruned(bench, sparsity)))
-            job = Job(kind="trial", name=criterion, number=number, recipe=recipe, seed=config.seed)
+            job = Job(kind="trial", name=criterion, number=number, recipe=recipe, seed=brief.seed)
             ends = {name: scored(Path(str(result_of(w, job).artifact))) for name, w in workers.items()}
             trained, found = ends["trained"]
             apart = map_difference_interval(report, found, reference)

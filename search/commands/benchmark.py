@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from search.commands.families import built, finetune, importance, methods
-from search.commands.measure import evaluate_profile, latency, predict, quantize, roofline
+from search.commands.families import built, finetune, methods
+from search.commands.measure import evaluate_profile, importance, latency, predict, quantize, roofline
 from search.commands.options import (
     DEFAULT_STORAGE,
     RESULTS,

@@ -1,4 +1,4 @@
-"""`paredown benchmark methods | importance | built | finetune`: what each method is worth on each family."""
+"""`paredown benchmark methods | built | finetune`: what each method is worth on each family."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from search.commands.options import (
     ConfigFile,
     Data,
     Seed,
-    Target,
     Threads,
     benchmark_command,
     overrides,
@@ -59,33 +58,6 @@ def methods(
             bench = MethodBench(one.name, one.bench, Path(folder), say)
             facts, run = _facts(list(bench.engines.values()))
             measure_methods(report, bench, wanted, facts, run, say)
-    say(report.read_text())
-    return 0
-
-
-def importance(
-    config: ConfigFile,
-    data: Data = None,
-    checkpoint: Checkpoint = None,
-    target: Target = None,
-    threads: Threads = None,
-    seed: Seed = None,
-    output: Output = RESULTS,
-) -> int:
-    """Pruning by each criterion of importance: AP after one shot and after training."""
-    from evaluators.bench import Bench
-    from search.benchmarks.criteria import SPARSITIES, compare_criteria, write_criteria
-    from search.comparison import facts_of
-    from search.config import load_config
-
-    settings = load_config(config, overrides(data, checkpoint, target, threads, seed))
-    tell_licence(settings.model)
-    with tempfile.TemporaryDirectory() as folder:
-        base, rows = compare_criteria(settings.bench, SPARSITIES, Path(folder), say)
-    report = output / f"importance_{settings.name}.md"
-    facts = facts_of(Bench(settings.bench), benchmark_command())
-    title = f"Criteria of importance on {settings.name}"
-    write_criteria(report, title, base, settings.finetune.epochs, rows, facts)
     say(report.read_text())
     return 0
 

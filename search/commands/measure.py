@@ -1,4 +1,4 @@
-"""`paredown benchmark latency | predict | evaluate | quantize | roofline`: what measurements are worth."""
+"""`paredown benchmark latency | predict | evaluate | quantize | importance | roofline`, on one detector."""
 
 from __future__ import annotations
 
@@ -134,6 +134,26 @@ def quantize(
         found = costs(at.bench, variants(at.bench, trained), images, at.folder, timed, say)
         title = f"Bit-widths of {at.settings.name} in {at.bench.target.name}"
         write_costs(at.report, title, found, f"{split} ({len(images.images)} images)", at.facts)
+    return 0
+
+
+def importance(
+    config: ConfigFile,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    output: Output = RESULTS,
+) -> int:
+    """Pruning by each criterion of importance: AP after one shot and after training."""
+    from search.benchmarks.criteria import SPARSITIES, compare_criteria, write_criteria
+
+    changes = overrides(data, checkpoint, target, threads, seed)
+    with _benchmark("importance", config, changes, output) as at:
+        base, rows = compare_criteria(at.bench, SPARSITIES, at.folder, say)
+        title = f"Criteria of importance on {at.settings.name}"
+        write_criteria(at.report, title, base, at.settings.finetune.epochs, rows, at.facts)
     return 0
 
 

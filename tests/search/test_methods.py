@@ -166,7 +166,7 @@ def test_a_trained_and_an_untrained_row_of_a_tiny_detector(config: BenchConfig, 
 
 
 def test_criteria_of_importance_side_by_side(config: BenchConfig, tmp_path: Path) -> None:
-    base, rows = compare_criteria(config, (0.25,), tmp_path / "files", lambda line: None)
+    base, rows = compare_criteria(Bench(config), (0.25,), tmp_path / "files", lambda line: None)
     assert [row.criterion for row in rows] == list(CRITERIA)
     assert base > 0
     assert len({row.one_shot for row in rows}) > 1, "they prune other channels"
