@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,14 +73,29 @@ def score_session(
     Returns:
         The 12 figures of `coco_figures`, and the detections by image id in pixels of the original images.
     """
-    detections = {
-        image.id: to_original(
-            session.run(network_input(images.pixels[index : index + 1], preprocess)),
-            images.scales[index],
-        )
-        for index, image in enumerate(split.images)
-    }
+    detections = detected(session.run, split, images, preprocess)
     return coco_figures(split, detections), detections
+
+
+def detected(
+    run: Callable[[NDArray[np.float32]], Detections],
+    split: DetectionSplit,
+    images: LetterboxedImages,
+    preprocess: Preprocess,
+) -> dict[int, Detections]:
+    """What is found on each image of a split, by its id, in pixels of the original.
+
+    Args:
+        run: as `Session.run`.
+        split: all of `images`, or a part of them.
+    """
+    places = {int(image_id): place for place, image_id in enumerate(images.image_ids)}
+    found = {}
+    for image in split.images:
+        place = places[image.id]
+        inputs = network_input(images.pixels[place : place + 1], preprocess)
+        found[image.id] = to_original(run(inputs), images.scales[place])
+    return found
 
 
 def to_original(found: Detections, scale: NDArray[np.float64]) -> Detections:

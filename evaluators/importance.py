@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
 
 from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.quiet import QuietSlot
 from evaluators.teacher import batch_of
 from spaces.detectors.base import Detector
+from spaces.norms import NORMS
 
 Importance = Literal["magnitude", "batchnorm", "taylor"]
-NORMS = (nn.BatchNorm2d, nn.GroupNorm, FrozenBatchNorm2d)
 
 
 def batchnorm_scores(network: nn.Module) -> dict[str, Tensor]:
@@ -25,8 +24,7 @@ def batchnorm_scores(network: nn.Module) -> dict[str, Tensor]:
 
     Network slimming (Liu et al. 2017, arXiv 1708.06519), without its sparse training beforehand.
     """
-    norms = {name: m for name, m in network.named_modules() if isinstance(m, NORMS) and m.weight is not None}
-    return {name: norm.weight.detach().double().abs() for name, norm in norms.items()}
+    return {name: norm.weight.detach().double().abs() for name, norm in _norms(network).items()}
 
 
 def taylor_scores(
@@ -52,7 +50,7 @@ def taylor_scores(
     network = copy.deepcopy(network).eval()  # running statistics, as when it serves
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    norms = {name: m for name, m in network.named_modules() if isinstance(m, NORMS) and m.weight is not None}
+    norms = _norms(network)
     for norm in norms.values():
         norm.weight.requires_grad_(True)
         norm.bias.requires_grad_(True)
@@ -71,3 +69,8 @@ def taylor_scores(
             change = norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad
             scores[name] = scores[name] + change.double().square()
     return {name: score for name, score in scores.items() if score.dim() == 1}
+
+
+def _norms(network: nn.Module) -> dict[str, Any]:
+    """Normalisation layers with a scale, by name; those of frozen ones are buffers."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, NORMS) and m.weight is not None}

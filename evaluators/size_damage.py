@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from evaluators.accuracy import coco_figures, to_original
+from evaluators.accuracy import score_session
 from evaluators.bench import Bench
-from evaluators.datasets.letterbox import network_input, spread
+from evaluators.datasets.letterbox import spread
 from evaluators.finetune import measure_norms
 from evaluators.torch_session import TorchSession
 from spaces.recipe import Recipe
@@ -43,7 +43,6 @@ class SizeDamage:
         split = bench.splits["select"]
         picked = {split.images[int(k)].id for k in spread(len(split.images), count)}
         self._split = split.part(split.role, split.name, lambda image: image.id in picked)
-        self._places = [k for k, image in enumerate(split.images) if image.id in picked]
 
     def of(self, recipe: Recipe) -> float:
         """Distance that stands for the input size of a recipe; 0 where AP does not fall."""
@@ -52,14 +51,8 @@ class SizeDamage:
 
     def _score(self, bench: Bench, network: nn.Module) -> float:
         """AP in 0..100 of a network at the size of a bench."""
-        session, images, look = TorchSession(bench.whole(network)), bench.select, bench.detector.preprocess
-        found = {
-            image.id: to_original(
-                session.run(network_input(images.pixels[k : k + 1], look)), images.scales[k]
-            )
-            for k, image in zip(self._places, self._split.images, strict=True)
-        }
-        return coco_figures(self._split, found)["map"]
+        session, look = TorchSession(bench.whole(network)), bench.detector.preprocess
+        return score_session(session, self._split, bench.select, look)[0]["map"]
 
     @cached_property
     def _plain(self) -> float:

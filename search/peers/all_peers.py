@@ -29,7 +29,6 @@ def peer_models(bench: Bench, base: Path, directory: Path, slow: bool = True) ->
     Raises:
         InputError: the target has no peers, or a package of theirs is not installed.
     """
-
     match bench.config.target:
         case "onnxruntime":
             return onnxruntime_peers(bench, base, directory)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openvino as ov
+from numpy.typing import NDArray
 
-from evaluators.accuracy import coco_figures, to_original
+from evaluators.accuracy import coco_figures, detected
 from evaluators.bench import Bench
-from evaluators.graph import SCOPE
+from evaluators.graph import OUTPUTS, SCOPE
 from evaluators.targets.base import Detections
 from evaluators.targets.openvino_cpu import engine
 from search.peers.models import PeerModel
@@ -23,6 +24,12 @@ MAX_DROP = 1.0
 """AP that `quantize_with_accuracy_control` may lose on select."""
 AROUND = ("Add", "Multiply", "Concat", "MaxPool", "Interpolate", "Swish", "Sigmoid")
 """Operations that stay as they are where convolutions alone are quantised."""
+WAYS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "nncf": ("PERFORMANCE", ()),
+    "nncf MIXED": ("MIXED", ()),
+    "nncf conv only": ("MIXED", AROUND),
+}
+"""Preset of `nncf.quantize` and what it leaves out, by the peer's name."""
 
 
 def quantised_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:
@@ -36,23 +43,22 @@ def quantised_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel
     Raises:
         InputError: NNCF is not installed.
     """
-    presets = _nncf().QuantizationPreset
-    peers = []
-    for name, preset, around in (
-        ("nncf", presets.PERFORMANCE, ()),
-        ("nncf MIXED", presets.MIXED, ()),
-        ("nncf conv only", presets.MIXED, AROUND),
-    ):
-        file = directory / f"{name.replace(' ', '_')}.xml"
-        if not file.exists():
-            _save(_quantised(bench, base, preset, around), file)
-        peers += [PeerModel(name, file), PeerModel(f"{name}, bf16", file, hint="bf16")]
-    return peers
+    return [peer for name in WAYS for peer in _in_both(name, quantised(bench, base, directory, name))]
 
 
-def convolutions_quantised(bench: Bench, base: Path, directory: Path) -> Path:
-    """The file of "nncf conv only" of a base."""
-    (file,) = {p.model for p in quantised_peers(bench, base, directory) if p.name == "nncf conv only"}
+def quantised(bench: Bench, base: Path, directory: Path, name: str) -> Path:
+    """The file of a base quantised in one of `WAYS`, made where it is not there."""
+    nncf, file = _nncf(), directory / f"{name.replace(' ', '_')}.xml"
+    preset, around = WAYS[name]
+    if not file.exists():
+        model = nncf.quantize(
+            engine().read_model(base),
+            nncf.Dataset(bench.inputs(bench.fit, CALIBRATION_IMAGES)),
+            preset=nncf.QuantizationPreset[preset],
+            subset_size=CALIBRATION_IMAGES,
+            ignored_scope=nncf.IgnoredScope(names=_outside(base), types=list(around), validate=False),
+        )
+        _save(model, file)
     return file
 
 
@@ -65,34 +71,30 @@ def accuracy_controlled(bench: Bench, base: Path, directory: Path) -> list[PeerM
             engine().read_model(base),
             nncf.Dataset(bench.inputs(bench.fit, CALIBRATION_IMAGES)),
             nncf.Dataset(bench.inputs(bench.select, len(bench.select))),
-            lambda compiled, images: (_average_precision(bench, compiled, images), None),
+            lambda compiled, _: (_average_precision(bench, compiled), None),
             max_drop=MAX_DROP,
             subset_size=CALIBRATION_IMAGES,
             preset=nncf.QuantizationPreset.MIXED,
             ignored_scope=nncf.IgnoredScope(names=_outside(base), validate=False),
         )
         _save(model, file)
+    return _in_both(name, file)
+
+
+def _in_both(name: str, file: Path) -> list[PeerModel]:
+    """A file with what is left in float32, and in bfloat16."""
     return [PeerModel(name, file), PeerModel(f"{name}, bf16", file, hint="bf16")]
 
 
-def _average_precision(bench: Bench, compiled: Any, images: Iterable[Any]) -> float:
-    """AP on select, 0..100, of what NNCF has made so far."""
-    found = {}
-    for image, scale, inputs in zip(bench.splits["select"].images, bench.select.scales, images, strict=False):
-        boxes, scores, labels = (compiled([inputs])[key].copy() for key in ("boxes", "scores", "labels"))
-        found[image.id] = to_original(Detections(boxes, scores, labels), scale)
-    return coco_figures(bench.splits["select"], found)["map"]
+def _average_precision(bench: Bench, compiled: Any) -> float:
+    """AP on all of select, 0..100, of what NNCF has made so far."""
 
+    def run(inputs: NDArray[np.float32]) -> Detections:
+        found = compiled([inputs])
+        return Detections(*(found[name].copy() for name in OUTPUTS))
 
-def _quantised(bench: Bench, base: Path, preset: Any, around: Iterable[str]) -> ov.Model:
-    nncf = _nncf()
-    return nncf.quantize(
-        engine().read_model(base),
-        nncf.Dataset(bench.inputs(bench.fit, CALIBRATION_IMAGES)),
-        preset=preset,
-        subset_size=CALIBRATION_IMAGES,
-        ignored_scope=nncf.IgnoredScope(names=_outside(base), types=list(around), validate=False),
-    )
+    split = bench.splits["select"]
+    return coco_figures(split, detected(run, split, bench.select, bench.detector.preprocess))["map"]
 
 
 def _outside(base: Path) -> list[str]:
@@ -106,8 +108,12 @@ def _outside(base: Path) -> list[str]:
 
 
 def _save(model: ov.Model, file: Path) -> None:
+    """Whole or not at all: a file that is there is taken as it is."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    ov.save_model(model, file, compress_to_fp16=False)
+    draft = file.with_name(f"draft_{file.name}")
+    ov.save_model(model, draft, compress_to_fp16=False)
+    draft.with_suffix(".bin").replace(file.with_suffix(".bin"))
+    draft.replace(file)
 
 
 def _nncf() -> Any:

@@ -42,9 +42,8 @@ def onnxruntime_peers(bench: Bench, base: Path, directory: Path) -> list[PeerMod
 
 def _quantise(bench: Bench, base: Path, file: Path, kinds: list[str] | None) -> None:
     prepared, draft = file.with_suffix(".prepared"), file.with_suffix(".draft")
-    quant_pre_process(
-        base, prepared, skip_symbolic_shape=True
-    )  # which fails on decoding, and is for transformers
+    # Symbolic shape inference fails on decoding, and is for transformers.
+    quant_pre_process(base, prepared, skip_symbolic_shape=True)
     outside = [node.name for node in onnx.load(prepared).graph.node if not node.name.startswith(SCOPE)]
     quantize_static(
         prepared,

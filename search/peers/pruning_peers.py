@@ -11,7 +11,7 @@ import torch_pruning as tp
 from evaluators.bench import Bench
 from evaluators.finetune import fine_tune
 from search.peers.models import PeerModel
-from search.peers.nncf_peers import convolutions_quantised
+from search.peers.nncf_peers import quantised
 from spaces.norms import TRACED_NORMS
 
 RATIOS = (0.125, 0.25, 0.5)
@@ -33,7 +33,7 @@ def pruned_peers(bench: Bench, directory: Path) -> list[PeerModel]:
             _prune(bench, ratio, folder)
         peers += [
             PeerModel(f"{name}, bf16", file, hint="bf16"),
-            PeerModel(f"{name}, int8 + bf16", convolutions_quantised(bench, file, folder), hint="bf16"),
+            PeerModel(f"{name}, int8 + bf16", quantised(bench, file, folder, "nncf conv only"), hint="bf16"),
         ]
     return peers
 
