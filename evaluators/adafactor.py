@@ -1,4 +1,4 @@
-"""Adafactor on all parameters of one shape at once: what it costs a small network is calls."""
+"""Adafactor on many parameters at once: what it costs a small network is calls."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ CLIP, LEAST_SCALE, DECAY = 1.0, 1e-3, -0.8
 class StackedAdafactor(torch.optim.Optimizer):
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) with the defaults of `torch.optim.Adafactor`.
 
-    Steps are torch's up to rounding. All parameters of one shape are stacked and updated by the same calls.
-    A detector has hundreds of parameters, two thirds of them scales and biases of norms: a call each and a
-    dozen calls a parameter are a third of a training step of a small network.
+    Steps are torch's up to rounding. Its averages run over the last two dimensions of a weight, so that all
+    convolutions of one kernel size are updated by the same calls, and all vectors by others. A detector has
+    hundreds of parameters, two thirds of them scales and biases of norms: a dozen calls each are a third of
+    a training step of a small network.
 
     Args:
         parameters: those without a gradient are left alone.
@@ -27,59 +28,103 @@ class StackedAdafactor(torch.optim.Optimizer):
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         super().__init__(parameters, {"lr": lr})
+        self._moving: list[nn.Parameter] = []
+        self._stacks: list[_Stack] = []
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters once; `closure` is not supported and must be None."""
         assert closure is None
-        for group in self.param_groups:
-            together: dict[Any, list[nn.Parameter]] = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    steps = self._state(parameter)["step"]
-                    steps += 1
-                    together[parameter.shape, parameter.dtype, int(steps)].append(parameter)
-            for (_, _, steps), members in together.items():
-                self._update(members, steps, group["lr"])
+        rates = {
+            parameter: group["lr"]
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        }
+        if not _same(self._moving, rates):
+            self._moving = list(rates)
+            self._stacks = self._arranged(self._moving)
+        for stack in self._stacks:
+            stack.update([rates[parameter] for parameter in stack.members])
 
-    def _state(self, parameter: nn.Parameter) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            shape = list(parameter.shape)
-            if len(shape) > 1:
-                state["row_var"] = parameter.new_zeros([*shape[:-1], 1])
-                state["col_var"] = parameter.new_zeros([*shape[:-2], 1, shape[-1]])
-            else:
-                state["variance"] = parameter.new_zeros(shape)
-        return state
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As that of any optimizer."""
+        super().load_state_dict(state_dict)
+        self._moving, self._stacks = [], []
 
-    def _update(self, members: list[nn.Parameter], steps: int, lr: float) -> None:
-        gradient = torch.stack([_gradient(parameter) for parameter in members])
+    def _arranged(self, moving: list[nn.Parameter]) -> list[_Stack]:
+        """Parameters that have made as many steps and whose averages are alike, together."""
+        alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
+        for parameter in moving:
+            state = self.state[parameter]
+            if not state:
+                state.update(step=0, **_nothing_yet(parameter))
+            alike[_kernel(parameter), parameter.dtype, state["step"]].append(parameter)
+        return [_Stack(members, [self.state[p] for p in members]) for members in alike.values()]
+
+
+class _Stack:
+    """Parameters that are updated by the same calls; their averages are parts of the same tensors.
+
+    Args:
+        members: the parameters.
+        states: theirs, in the same order; they hold views of the common averages from now on.
+    """
+
+    def __init__(self, members: list[nn.Parameter], states: list[dict[str, Any]]) -> None:
+        self.members, self._states = members, states
+        self._kernel = _kernel(members[0])
+        self._sizes = [parameter.numel() // self._kernel.numel() for parameter in members]
+        self._averages: dict[str, Tensor] = {}
+        for name in states[0].keys() - {"step"}:
+            shape = _nothing_yet(members[0])[name].shape[-2:] if len(self._kernel) else ()
+            parts = [state[name].reshape(-1, *shape) for state in states]
+            self._averages[name] = whole = torch.cat(parts)
+            for state, part in zip(states, torch.split(whole, [len(part) for part in parts]), strict=True):
+                state[name] = part.view(state[name].shape)
+
+    def update(self, rates: list[float]) -> None:
+        """One step of all members, at their learning rates."""
+        for state in self._states:
+            state["step"] += 1
+        steps = self._states[0]["step"]
         share = steps**DECAY
+        gradient = torch.cat([_gradient(parameter).reshape(-1, *self._kernel) for parameter in self.members])
         tiny = torch.finfo(gradient.dtype).eps
-        if members[0].dim() > 1:
-            rows = self._moved(members, "row_var", _mean_square(gradient, -1), share)
-            columns = self._moved(members, "col_var", _mean_square(gradient, -2), share)
-            variance = rows * columns  # of a column and a row: their outer product
-            variance /= rows.mean(dim=-2, keepdim=True).clamp_(min=tiny)
+        if "variance" in self._averages:
+            variance = self._averages["variance"].lerp_(gradient.square(), share)
+            if self._kernel:  # a row and a column of one element are the same
+                variance = variance / variance.clamp(min=tiny) * variance
         else:
-            variance = self._moved(members, "variance", gradient.square(), share)
-        update = variance.clamp_(min=tiny * tiny).rsqrt_().mul_(gradient)
-        scale = _root_mean_square(torch.stack(list(members))).clamp_(min=LEAST_SCALE)
-        scale *= -min(lr, steps**-0.5)
-        scale /= (_root_mean_square(update) / CLIP).clamp_(min=1.0)
-        update *= scale.reshape(-1, *[1] * members[0].dim())
-        for parameter, change in zip(members, update.unbind(), strict=True):
-            parameter.add_(change)
+            squares = gradient.square()
+            rows = self._averages["row_var"].lerp_(squares.mean(dim=-1, keepdim=True), share)
+            columns = self._averages["col_var"].lerp_(squares.mean(dim=-2, keepdim=True), share)
+            variance = rows / rows.mean(dim=-2, keepdim=True).clamp_(min=tiny) * columns
+        updates = torch.split(variance.clamp(min=tiny * tiny).rsqrt_().mul_(gradient), self._sizes)
+        sizes = _root_mean_squares(self.members).clamp_(min=LEAST_SCALE)
+        sizes /= (_root_mean_squares(updates) / CLIP).clamp_(min=1.0)
+        for parameter, update, size, rate in zip(self.members, updates, sizes.tolist(), rates, strict=True):
+            parameter.add_(update.view(parameter.shape), alpha=-size * min(rate, steps**-0.5))
 
-    def _moved(self, members: list[nn.Parameter], name: str, mean: Tensor, share: float) -> Tensor:
-        """A moving average of all members, `(members, ...)`, moved towards `mean` and stored again."""
-        averages = [self.state[parameter][name] for parameter in members]
-        moved = torch.stack(averages).lerp_(mean, share)
-        for average, now in zip(averages, moved.unbind(), strict=True):
-            average.copy_(now)
-        return moved
+
+def _same(some: list[nn.Parameter], others: Iterable[nn.Parameter]) -> bool:
+    return [id(parameter) for parameter in some] == [id(parameter) for parameter in others]
+
+
+def _kernel(parameter: nn.Parameter) -> torch.Size:
+    """The dimensions that averages are taken over: none of a vector."""
+    return parameter.shape[-2:] if parameter.dim() > 1 else torch.Size()
+
+
+def _nothing_yet(parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The averages of a parameter before its first step; of single elements there is nothing to average."""
+    if _kernel(parameter).numel() == 1:
+        return {"variance": parameter.new_zeros(parameter.shape)}
+    *others, height, width = parameter.shape
+    return {
+        "row_var": parameter.new_zeros(*others, height, 1),
+        "col_var": parameter.new_zeros(*others, 1, width),
+    }
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -87,10 +132,5 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def _mean_square(values: Tensor, dim: int) -> Tensor:
-    return values.square().mean(dim=dim, keepdim=True)
-
-
-def _root_mean_square(values: Tensor) -> Tensor:
-    """`(members,)`."""
-    return values.flatten(1).square().mean(dim=1).sqrt()
+def _root_mean_squares(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(one) / one.numel() ** 0.5 for one in tensors])

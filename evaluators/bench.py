@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from evaluators.accuracy import score_session
 from evaluators.bench_config import BenchConfig
 from evaluators.bias import BIAS_IMAGES, correct_biases
 from evaluators.calibration import LayerRanges, calibrate
@@ -25,7 +26,7 @@ from evaluators.latency import PairedLatency, measure_pair
 from evaluators.postprocess import WholeDetector
 from evaluators.quiet import QuietSlot
 from evaluators.signature import int8_weight_levels
-from evaluators.targets.base import Session
+from evaluators.targets.base import Detections, Session
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
 from spaces.detectors.base import Detector, postprocess_of
@@ -164,6 +165,14 @@ class Bench:
                 target_spread=settings.target_spread,
                 time_limit_s=settings.time_limit_s,
             )
+
+    def scored(
+        self, session: Session, split: DetectionSplit | None = None
+    ) -> tuple[dict[str, float], dict[int, Detections]]:
+        """COCO figures and detections of a session on a split, by default on select; see `score_session`."""
+        with self.slot.computing():
+            images = self.select if split is None else self.images(split)
+            return score_session(session, split or self.splits["select"], images, self.detector.preprocess)
 
     @cached_property
     def teacher(self) -> TeacherOutputs:

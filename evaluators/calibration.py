@@ -28,7 +28,7 @@ class QuantizationPlan(BaseModel):
         ranges: `mse` shrinks a range while the squared error of rounding falls; `percentile` cuts off what
             lies outside; `minmax` keeps everything.
         percentile: per cent of the values that a range of `percentile` holds on either side.
-        bias_correction: move the mean of every quantised layer's outputs back to where it was.
+        bias_correction: move the mean of what layers of 8 bits put out back to where it was.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -10,7 +10,7 @@ from torch import nn
 
 from evaluators.bench import Bench
 from evaluators.calibration import LayerRanges, narrowed
-from evaluators.finetune import measure_norms
+from evaluators.norms import measure_norms
 from evaluators.rounding import round_layer
 from evaluators.signature import int8_weight_levels
 from evaluators.size_damage import SizeDamage

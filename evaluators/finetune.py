@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from evaluators.adafactor import StackedAdafactor
 from evaluators.datasets.letterbox import LetterboxedImages
+from evaluators.folded_norms import FoldedNorms
 from evaluators.frozen_prefix import FrozenPrefix
+from evaluators.norms import recalibrate_norms
 from evaluators.quiet import QuietSlot
 from evaluators.replay import NotReplayableError
 from evaluators.signature import machine_signature
@@ -25,10 +27,6 @@ from evaluators.teacher import TeacherOutputs, batch_of
 from evaluators.training_state import TrainingState
 from spaces.detectors.base import Detector, Labels, Outputs
 
-NORM_IMAGES = 512
-"""That BatchNorm statistics are measured on. YOLOX-nano with hard-swish in three stages, not trained, had
-31.1 AP after 64 of them and 31.9 after 337, of 31.6 (on 164 COCO images).
-"""
 Precision = Literal["float32", "bfloat16"]
 Forward = Callable[[np.ndarray[tuple[int], np.dtype[np.int64]], bool], Outputs]
 """Raw outputs of the network in training, float32, on images by index, mirrored or not."""
@@ -83,6 +81,11 @@ class FineTunePlan(BaseModel):
             return "bfloat16" if "amx_bf16" in machine_signature()["isa"] else "float32"
         return self.precision
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of `runs_in`."""
+        return torch.bfloat16 if self.runs_in == "bfloat16" else torch.float32
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -117,7 +120,7 @@ def fine_tune(
     Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) takes steps relative to the weights' own size:
     trained detectors differ by orders of magnitude there, and a rate that lets one recover wrecks
     another. BatchNorm statistics are measured anew first, unless `norms_measured` says that they are as they
-    should be, and then kept, for batches are small.
+    should be, and then kept, for batches are small; so the norms are folded into the convolutions.
 
     Every step is taken inside `slot.computing()`, so that measurements on this machine find it quiet.
 
@@ -129,10 +132,11 @@ def fine_tune(
         if start is None and not norms_measured:
             kept = prefix.norms if prefix is not None else []
             recalibrate_norms(network, detector, images, plan.batch_size, kept=kept)
+        _train_mode(network)
+        folded = FoldedNorms(network, batch_of(images, detector, np.arange(1), False), plan.dtype)
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    _train_mode(network)
-    forward: Forward = prefix or partial(_forward, network, detector, images, plan)
+    forward: Forward = prefix or partial(_forward, folded, detector, images, plan)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = StackedAdafactor(trained, lr=plan.learning_rate)
     labels = [images.labels(k) for k in range(len(images))]
@@ -151,7 +155,9 @@ def fine_tune(
             with slot.computing():
                 started = time.perf_counter()
                 losses.append(
-                    _step(forward, detector, images, labels, teacher, plan, optimizer, indices, mirrored)
+                    _step(
+                        forward, folded, detector, images, labels, teacher, plan, optimizer, indices, mirrored
+                    )
                 )
                 seconds.append(time.perf_counter() - started)
             if not math.isfinite(losses[-1]):
@@ -207,7 +213,7 @@ def _batch(
 
 
 def _forward(
-    network: nn.Module,
+    network: FoldedNorms,
     detector: Detector,
     images: LetterboxedImages,
     plan: FineTunePlan,
@@ -215,8 +221,7 @@ def _forward(
     mirrored: bool,
 ) -> Outputs:
     with autocast(plan):
-        outputs: Outputs = network(_batch(images, detector, indices, mirrored))
-    return outputs
+        return network(_batch(images, detector, indices, mirrored))
 
 
 def schedule(progress: float, warmup: float = 0.1) -> float:
@@ -228,6 +233,7 @@ def schedule(progress: float, warmup: float = 0.1) -> float:
 
 def _step(
     forward: Forward,
+    folded: FoldedNorms,
     detector: Detector,
     images: LetterboxedImages,
     labels: list[Labels],
@@ -247,6 +253,7 @@ def _step(
         loss = loss + plan.distill_weight * detector.distillation(outputs, teacher(indices, mirrored))
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
+    folded.hand_on()
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], plan.gradient_norm)
     optimizer.step()
     return float(loss.detach())
@@ -256,40 +263,3 @@ def mirrored_labels(labels: Labels, width: int) -> Labels:
     """Labels of the image mirrored left to right; `width` in pixels."""
     x1, y1, x2, y2 = labels.boxes.unbind(dim=1)
     return Labels(torch.stack((width - x2, y1, width - x1, y2), dim=1), labels.classes)
-
-
-def recalibrate_norms(
-    network: nn.Module,
-    detector: Detector,
-    images: LetterboxedImages,
-    batch_size: int,
-    limit: int = NORM_IMAGES,
-    kept: Collection[nn.Module] = (),
-) -> None:
-    """Measure the BatchNorm statistics anew, as averages over up to `limit` images; weights stay.
-
-    So do the statistics of the norms in `kept`.
-    """
-    count = min(limit, len(images))
-    chunks = [np.arange(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    measure_norms(network, (batch_of(images, detector, chunk, mirrored=False) for chunk in chunks), kept)
-
-
-def measure_norms(network: nn.Module, batches: Iterable[Tensor], kept: Collection[nn.Module] = ()) -> None:
-    """Set the BatchNorm statistics to their averages over batches `(B, 3, H, W)`; ends in evaluation mode.
-
-    Those of the norms in `kept` stay.
-    """
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m not in kept]
-    momenta = [norm.momentum for norm in norms]
-    network.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average
-        norm.train()
-    with torch.no_grad():
-        for batch in batches:
-            network(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    network.eval()

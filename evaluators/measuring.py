@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from evaluators.accuracy import score_session
 from evaluators.bench import Bench
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.exported import ModelCard, model_in
@@ -75,7 +74,7 @@ class Measuring:
             yield clock.ended("compare with torch", "score")
         else:
             yield clock.ended("export", "score")
-        figures = self.scored(session)
+        figures, _ = bench.scored(session)
         yield clock.ended("score", "wait for a quiet moment to time it")
         paired = bench.timed(session, self._base_session())
         share = tensor_share(bench, session, model_in(folder), card.runtime.hint)
@@ -118,15 +117,6 @@ class Measuring:
             save(draft, recipe, folder)
             session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
         return card, session
-
-    def scored(self, session: Session) -> dict[str, float]:
-        """The COCO figures of a file on select."""
-        bench = self.bench
-        with bench.slot.computing():
-            figures, _ = score_session(
-                session, bench.splits["select"], bench.select, bench.detector.preprocess
-            )
-        return figures
 
     def _metrics(
         self,

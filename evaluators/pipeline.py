@@ -14,9 +14,10 @@ from evaluators.bench import Bench
 from evaluators.bench_config import BenchConfig
 from evaluators.damage import Damage
 from evaluators.evaluation import Measurement
-from evaluators.finetune import fine_tune, recalibrate_norms
+from evaluators.finetune import fine_tune
 from evaluators.jobs import HANDED_ON, Job, StageReport, trial_folder
 from evaluators.measuring import BASE_FOLDER, Measuring
+from evaluators.norms import recalibrate_norms
 from evaluators.qat import as_plain, fake_quantized, rounds_in_training
 from evaluators.rungs import TrialRungs, forget_rungs
 from evaluators.stage_clock import StageClock
@@ -190,10 +191,9 @@ class CandidateWorker:
         yield from self._fine_tune(further.network, seed, clock, step_ms, named="train the base further")
         metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")
         folder = self.artifacts / BASE_FOLDER / "trained-further"
-        measuring = self._measuring
-        _, session = measuring.exported(further, bench.identity, folder)
-        gained = measuring.scored(session)["map"]
-        metrics["map_trained_further"] = Measurement(value=gained, unit="AP, 0..100")
+        _, session = self._measuring.exported(further, bench.identity, folder)
+        gained, _ = bench.scored(session)
+        metrics["map_trained_further"] = Measurement(value=gained["map"], unit="AP, 0..100")
         yield clock.ended("score the base trained further", "")
 
     def _folder(self, job: Job) -> Path:

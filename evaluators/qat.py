@@ -16,8 +16,9 @@ from evaluators.bench import Bench
 from evaluators.bias import BIAS_IMAGES, correct_biases
 from evaluators.calibration import LayerRanges, Range
 from evaluators.export import export_whole
-from evaluators.finetune import FineTunePlan, recalibrate_norms
+from evaluators.finetune import FineTunePlan
 from evaluators.integers import weight_scales, written_apart
+from evaluators.norms import recalibrate_norms
 from evaluators.passing import norms_behind, tensors_of
 from evaluators.postprocess import WholeDetector
 from evaluators.signature import int8_weight_levels

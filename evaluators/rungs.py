@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from evaluators.accuracy import score_session
 from evaluators.bench import Bench
-from evaluators.finetune import Epoch, recalibrate_norms
+from evaluators.finetune import Epoch
 from evaluators.jobs import Job, Rung, StageReport
+from evaluators.norms import recalibrate_norms
 from evaluators.qat import FakeQuantized, as_plain
 from evaluators.stage_clock import StageClock
 from evaluators.training_state import TrainingState
@@ -123,10 +123,8 @@ class TrialRungs:
             with bench.slot.computing():
                 model, card = bench.export(draft.network, bits, self._recipe, folder, learned)
                 session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
+            found, _ = bench.scored(session)
             with bench.slot.computing():
-                found, _ = score_session(
-                    session, bench.splits["select"], bench.select, bench.detector.preprocess
-                )
                 macs = count_macs(network, bench.detector.preprocess.size)
         figures = {
             "map": found["map"],

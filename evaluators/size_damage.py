@@ -13,7 +13,7 @@ from torch import nn
 from evaluators.accuracy import score_session
 from evaluators.bench import Bench
 from evaluators.datasets.letterbox import spread
-from evaluators.finetune import measure_norms
+from evaluators.norms import measure_norms
 from evaluators.torch_session import TorchSession
 from spaces.recipe import Recipe
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evaluators.accuracy import map_difference_interval, score_session
+from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.exported import CARD_FILE, ModelCard
 from evaluators.latency import measure_many
@@ -84,11 +84,7 @@ def compare(
         say(f"scoring them on {split_name} ({len(split.images)} images)")
         found = {}
         for name, session in sessions.items():
-            own = benches[name]
-            with bench.slot.computing():
-                figures[name][split_name], found[name] = score_session(
-                    session, split, own.images(split), own.detector.preprocess
-                )
+            figures[name][split_name], found[name] = benches[name].scored(session, split)
         for name in models:
             differences[name][split_name] = map_difference_interval(split, found[name], found[base])
     return [

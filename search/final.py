@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from evaluators.accuracy import map_difference_interval, score_session
+from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.exported import CARD_FILE, ModelCard, model_in
 from evaluators.latency import measure_many
@@ -74,10 +74,7 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
     figures: dict[int, dict[str, float]] = {}
     detections: dict[int, dict[int, Detections]] = {}
     for n, session in sessions.items():
-        with bench.slot.computing():
-            figures[n], detections[n] = score_session(
-                session, split, benches[n].images(split), benches[n].detector.preprocess
-            )
+        figures[n], detections[n] = benches[n].scored(session, split)
     models: dict[str, dict[str, Any]] = {}
     for n in there:
         difference = map_difference_interval(split, detections[n], detections[base], seed=seed)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from evaluators.accuracy import map_difference_interval, score_session
+from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.importance import Importance
 from evaluators.jobs import Job
@@ -51,10 +51,7 @@ def compare_criteria(
     report = bench.split("report")
 
     def scored(file: Path) -> tuple[float, dict[int, Detections]]:
-        session = session_of(bench, file)
-        with bench.slot.computing():
-            images, look = bench.images(report), bench.detector.preprocess
-            figures, found = score_session(session, report, images, look)
+        figures, found = bench.scored(session_of(bench, file), report)
         return figures["map"], found
 
     with bench.slot.computing():

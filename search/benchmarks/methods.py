@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from evaluators.accuracy import map_difference_interval, score_session
+from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.bench_config import BenchConfig, LatencyConfig
 from evaluators.evaluation import Evaluation
@@ -136,7 +136,7 @@ class MethodBench:
 
     def section(self, facts: Mapping[str, str]) -> Section:
         """The section without rows: the base is exported and scored."""
-        figures, _ = self._scored(self.bench, self._base(self.bench.config.target))
+        figures, _ = self.bench.scored(self._base(self.bench.config.target), self._report)
         return Section(
             name=self.name,
             key=self.key,
@@ -177,7 +177,7 @@ class MethodBench:
         one_shot = None
         if trained:
             file = Path(str(result_of(self._one_shot, job).artifact))
-            one_shot = self._scored(self.bench, session_of(self.bench, file))[0]["map"]
+            one_shot = self.bench.scored(session_of(self.bench, file), self._report)[0]["map"]
         folder = Path(str(tuned.artifact)).parent
         engines, found = {}, {}
         for engine in self.engines:
@@ -206,7 +206,7 @@ class MethodBench:
         session = session_of(bench, file)
         self._say(f"  timing it in {engine}")
         paired = bench.timed(session, self._base(engine))
-        figures, found = self._scored(bench, session)
+        figures, found = bench.scored(session, self._report)
         with bench.slot.computing():
             kernels = session.kernels()
         asked = by_part(draft.network, bits)
@@ -238,12 +238,8 @@ class MethodBench:
 
     def _base_detections(self) -> dict[int, Detections]:
         if not self._found:
-            _, self._found = self._scored(self.bench, self._base(self.bench.config.target))
+            _, self._found = self.bench.scored(self._base(self.bench.config.target), self._report)
         return self._found
-
-    def _scored(self, bench: Bench, session: Session) -> tuple[dict[str, float], dict[int, Detections]]:
-        with bench.slot.computing():
-            return score_session(session, self._report, bench.images(self._report), bench.detector.preprocess)
 
 
 def result_of(worker: CandidateWorker, job: Job) -> Evaluation:

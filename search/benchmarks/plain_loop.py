@@ -20,14 +20,13 @@ from torch.utils.data import DataLoader, Dataset
 from evaluators.bench import Bench
 from evaluators.datasets.letterbox import decode, letterbox, network_input
 from evaluators.finetune import (
-    NORM_IMAGES,
     DivergedError,
     Epoch,
     FineTunePlan,
-    measure_norms,
     mirrored_labels,
     schedule,
 )
+from evaluators.norms import NORM_IMAGES, measure_norms
 from evaluators.training_state import TrainingState
 from spaces.detectors.base import Labels
 

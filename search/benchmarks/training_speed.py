@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from evaluators.accuracy import map_difference_interval, score_session
+from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.finetune import Epoch, FineTunePlan, fine_tune
 from evaluators.targets.base import Detections
@@ -148,11 +148,10 @@ def _compared(
 def _scored(
     bench: Bench, network: nn.Module, recipe: Recipe, folder: Path
 ) -> tuple[float, dict[int, Detections]]:
-    split = bench.split("report")
     with bench.slot.computing():
         file, card = bench.export(network.eval(), {}, recipe, folder)
         session = bench.target.prepare(file, bench.config.threads, card.runtime.hint)
-        figures, found = score_session(session, split, bench.images(split), bench.detector.preprocess)
+    figures, found = bench.scored(session, bench.split("report"))
     return figures["map"], found
 
 

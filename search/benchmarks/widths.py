@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from evaluators.accuracy import map_difference_interval, score_session
+from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.calibration import QuantizationPlan
 from evaluators.datasets.split import DetectionSplit
@@ -20,6 +20,8 @@ from spaces.effects import bits_by_layer
 from spaces.recipe import Codebook, Quantize, Recipe
 
 WIDTHS, CODEBOOKS = (16, 8, 6, 4), (256, 64, 16)
+CORRECTED_BITS = 8
+"""See `evaluators.bias`: layers of fewer bits are never corrected."""
 RANGES: tuple[str, ...] = get_args(QuantizationPlan.model_fields["ranges"].annotation)
 
 
@@ -78,7 +80,9 @@ def variants(bench: Bench, trained: bool = False) -> list[Variant]:
         read = max(bits, 8)  # narrower activations would buy nothing, see `spaces.methods.quantize`
         choices = [Quantize(site=site, weight_bits=bits, activation_bits=read) for site in sites]
         recipe = Recipe(detector=bench.detector.name, choices=tuple(choices))
-        found += [Variant(f"{bits} bits", recipe, plan) for plan in (_plans(bench) if bits <= 8 else [None])]
+        found += [
+            Variant(f"{bits} bits", recipe, plan) for plan in (_plans(bench, bits) if bits <= 8 else [None])
+        ]
         if trained and bits <= 8:
             found.append(Variant(f"{bits} bits", recipe, bench.config.quantization, trained=True))
     for entries in CODEBOOKS:
@@ -87,12 +91,14 @@ def variants(bench: Bench, trained: bool = False) -> list[Variant]:
     return found
 
 
-def _plans(bench: Bench) -> Iterator[QuantizationPlan]:
+def _plans(bench: Bench, bits: int) -> Iterator[QuantizationPlan]:
     """The configuration's own way of finding ranges first, then the others."""
     own = bench.config.quantization
+    if bits != CORRECTED_BITS:
+        own = own.model_copy(update={"bias_correction": False})
     yield own
     for ranges in RANGES:
-        for correct in (True, False):
+        for correct in (True, False) if bits == CORRECTED_BITS else (False,):
             plan = own.model_copy(update={"ranges": ranges, "bias_correction": correct})
             if plan != own:
                 yield plan
@@ -116,13 +122,13 @@ def costs(
         timed: measure latencies as well, paired with the base's.
         say: takes a line at a time.
     """
-    images, found = bench.images(split), []
+    found = []
     base = exported(bench, chosen[0].recipe, folder / "base")
     reference: dict[int, Detections] = {}
     for count, variant in enumerate(chosen, start=1):
         made = exported(with_plan(bench, variant.plan), variant.recipe, folder / "variant", variant.trained)
+        figures, detections = bench.scored(made.session, split)
         with bench.slot.computing():
-            figures, detections = score_session(made.session, split, images, bench.detector.preprocess)
             reference = reference or detections
             difference = map_difference_interval(split, detections, reference)
             kernels = made.session.kernels()

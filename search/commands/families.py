@@ -102,7 +102,6 @@ def finetune(
     output: Output = RESULTS,
 ) -> int:
     """Fine-tuning beside a plain torchvision loop on the same recipe: images a second and core, accuracy."""
-    from evaluators.accuracy import score_session
     from evaluators.bench import Bench
     from search.benchmarks.recipes import exported
     from search.benchmarks.training_speed import compare_training, write_training
@@ -118,10 +117,7 @@ def finetune(
     bench = Bench(settings.bench)
     with tempfile.TemporaryDirectory() as folder:
         base = exported(bench, bench.identity, Path(folder) / "base")
-        split = bench.split("report")
-        with bench.slot.computing():
-            look = bench.detector.preprocess
-            figures, _ = score_session(base.session, split, bench.images(split), look)
+        figures, _ = bench.scored(base.session, bench.split("report"))
         rows = compare_training(bench, range(seeds), Path(folder) / "model", say)
     report = output / f"finetune_{settings.name}.md"
     title = f"Fine-tuning {settings.name} beside a plain loop"

@@ -150,7 +150,6 @@ def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> s
 
 def _score(bench: Bench, folder: Path) -> tuple[float, int]:
     """mAP on select, and the number of objects found, of the exported pair in a folder."""
-    from evaluators.accuracy import score_session
     from evaluators.exported import ModelCard, model_in
 
     model = model_in(folder)
@@ -158,7 +157,5 @@ def _score(bench: Bench, folder: Path) -> tuple[float, int]:
     with bench.slot.computing():
         bench = bench.at(card.recipe)
         session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
-        figures, found = score_session(
-            session, bench.splits["select"], bench.select, bench.detector.preprocess
-        )
+    figures, found = bench.scored(session)
     return figures["map"], sum(len(one.scores) for one in found.values())

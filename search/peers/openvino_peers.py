@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from evaluators.accuracy import score_session
 from evaluators.bench import Bench
 from search.peers.models import PeerModel
 from search.peers.nncf_peers import quantised_peers
@@ -67,7 +66,7 @@ def _reduced(bench: Bench, base: Path, directory: Path) -> dict[str, tuple[Bench
 def _score(bench: Bench, file: Path) -> float:
     """AP on select in bfloat16, 0..100."""
     session = bench.target.prepare(file, bench.config.threads, "bf16")
-    return score_session(session, bench.splits["select"], bench.select, bench.detector.preprocess)[0]["map"]
+    return bench.scored(session)[0]["map"]
 
 
 def _pixels(bench: Bench) -> int:

@@ -14,9 +14,9 @@ from evaluators.finetune import (
     FineTunePlan,
     fine_tune,
     mirrored_labels,
-    recalibrate_norms,
     schedule,
 )
+from evaluators.norms import recalibrate_norms
 from evaluators.quiet import QuietSlot
 from evaluators.teacher import TeacherOutputs, batch_of
 from spaces.apply import apply, same_state
