@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 
 CLIP, LEAST_SCALE, DECAY = 1.0, 1e-3, -0.8
 """torch.optim.Adafactor's defaults: d, the second eps, and beta2_decay."""
+FEW = 8
+"""Up to so many slices are added one by one."""
+STACK = 65536
+"""Elements of a stack, unless one parameter has more: a core's cache holds them and what is made of them."""
 
 
 class StackedAdafactor(torch.optim.Optimizer):
@@ -35,32 +40,47 @@ class StackedAdafactor(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all parameters once; `closure` is not supported and must be None."""
         assert closure is None
-        rates = {
-            parameter: group["lr"]
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        }
-        if not _same(self._moving, rates):
-            self._moving = list(rates)
-            self._stacks = self._arranged(self._moving)
+        moving = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if len(moving) != len(self._moving) or any(map(operator.is_not, moving, self._moving)):
+            self._note_steps()
+            self._moving = moving
+            self._stacks = self._arranged()
         for stack in self._stacks:
-            stack.update([rates[parameter] for parameter in stack.members])
+            stack.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of any optimizer."""
+        self._note_steps()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As that of any optimizer."""
         super().load_state_dict(state_dict)
         self._moving, self._stacks = [], []
 
-    def _arranged(self, moving: list[nn.Parameter]) -> list[_Stack]:
+    def _note_steps(self) -> None:
+        for stack in self._stacks:
+            for parameter in stack.members:
+                self.state[parameter]["step"] = stack.steps
+
+    def _arranged(self) -> list[_Stack]:
         """Parameters that have made as many steps and whose averages are alike, together."""
-        alike: dict[Any, list[nn.Parameter]] = defaultdict(list)
-        for parameter in moving:
-            state = self.state[parameter]
-            if not state:
-                state.update(step=0, **_nothing_yet(parameter))
-            alike[_kernel(parameter), parameter.dtype, state["step"]].append(parameter)
-        return [_Stack(members, [self.state[p] for p in members]) for members in alike.values()]
+        moving = {id(parameter) for parameter in self._moving}
+        stacks = []
+        for group in self.param_groups:
+            alike: dict[Any, list[list[nn.Parameter]]] = defaultdict(list)
+            for parameter in group["params"]:
+                if id(parameter) not in moving:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=0, **_nothing_yet(parameter))
+                parts = alike[_kernel(parameter), parameter.dtype, state["step"]]
+                if not parts or sum(map(torch.numel, [*parts[-1], parameter])) > STACK:
+                    parts.append([])
+                parts[-1].append(parameter)
+            stacks += [_Stack(part, self.state, group) for parts in alike.values() for part in parts]
+        return stacks
 
 
 class _Stack:
@@ -68,47 +88,64 @@ class _Stack:
 
     Args:
         members: the parameters.
-        states: theirs, in the same order; they hold views of the common averages from now on.
+        state: the optimizer's; it holds views of the common averages from now on.
+        group: of these parameters; has their learning rate.
     """
 
-    def __init__(self, members: list[nn.Parameter], states: list[dict[str, Any]]) -> None:
-        self.members, self._states = members, states
-        self._kernel = _kernel(members[0])
-        self._sizes = [parameter.numel() // self._kernel.numel() for parameter in members]
+    def __init__(
+        self, members: list[nn.Parameter], state: Mapping[Tensor, dict[str, Any]], group: Mapping[str, Any]
+    ) -> None:
+        self.members: list[Tensor] = list(members)
+        self._group = group
+        own = [state[parameter] for parameter in members]
+        self.steps: int = own[0]["step"]
+        """Made so far."""
+        kernel = _kernel(members[0])
+        self._kernel = kernel if kernel.numel() > 1 else ()
+        self._vectors = not kernel
+        rows = [parameter.numel() // kernel.numel() for parameter in members]
+        self._roots = torch.tensor([parameter.numel() for parameter in members]).sqrt()
+        self._gradient, self._factor = (members[0].new_empty(sum(rows), *self._kernel) for _ in range(2))
+        parts = torch.split(self._factor, rows)
+        self._updates = [part.view(p.shape) for part, p in zip(parts, members, strict=True)]
         self._averages: dict[str, Tensor] = {}
-        for name in states[0].keys() - {"step"}:
-            shape = _nothing_yet(members[0])[name].shape[-2:] if len(self._kernel) else ()
-            parts = [state[name].reshape(-1, *shape) for state in states]
-            self._averages[name] = whole = torch.cat(parts)
-            for state, part in zip(states, torch.split(whole, [len(part) for part in parts]), strict=True):
-                state[name] = part.view(state[name].shape)
+        for name in own[0].keys() - {"step"}:
+            shape = own[0][name].shape[-2:] if self._kernel else ()
+            self._averages[name] = whole = torch.cat([one[name].reshape(-1, *shape) for one in own])
+            for one, part in zip(own, torch.split(whole, rows), strict=True):
+                one[name] = part.view(one[name].shape)
 
-    def update(self, rates: list[float]) -> None:
-        """One step of all members, at their learning rates."""
-        for state in self._states:
-            state["step"] += 1
-        steps = self._states[0]["step"]
-        share = steps**DECAY
-        gradient = torch.cat([_gradient(parameter).reshape(-1, *self._kernel) for parameter in self.members])
-        tiny = torch.finfo(gradient.dtype).eps
-        if "variance" in self._averages:
-            variance = self._averages["variance"].lerp_(gradient.square(), share)
-            if self._kernel:  # a row and a column of one element are the same
-                variance = variance / variance.clamp(min=tiny) * variance
-        else:
-            squares = gradient.square()
-            rows = self._averages["row_var"].lerp_(squares.mean(dim=-1, keepdim=True), share)
-            columns = self._averages["col_var"].lerp_(squares.mean(dim=-2, keepdim=True), share)
-            variance = rows / rows.mean(dim=-2, keepdim=True).clamp_(min=tiny) * columns
-        updates = torch.split(variance.clamp(min=tiny * tiny).rsqrt_().mul_(gradient), self._sizes)
-        sizes = _root_mean_squares(self.members).clamp_(min=LEAST_SCALE)
-        sizes /= (_root_mean_squares(updates) / CLIP).clamp_(min=1.0)
-        for parameter, update, size, rate in zip(self.members, updates, sizes.tolist(), rates, strict=True):
-            parameter.add_(update.view(parameter.shape), alpha=-size * min(rate, steps**-0.5))
+    def update(self) -> None:
+        """One step of all members."""
+        self.steps += 1
+        gradients = [_gradient(parameter).reshape(-1, *self._kernel) for parameter in self.members]
+        torch.cat(gradients, out=self._gradient)
+        torch.mul(self._gradient, self._gradient, out=self._factor)
+        self._turn_to_factors(self._factor, self.steps**DECAY)
+        self._factor *= self._gradient
+        sizes = self._root_mean_squares(self.members).clamp_(min=LEAST_SCALE)
+        sizes /= (self._root_mean_squares(self._updates) / CLIP).clamp_(min=1.0)
+        rate = min(self._group["lr"], self.steps**-0.5)
+        torch._foreach_mul_(self._updates, sizes.mul_(-rate).tolist())
+        torch._foreach_add_(self.members, self._updates)
 
+    def _turn_to_factors(self, squares: Tensor, share: float) -> None:
+        """Squares of gradients to what these are multiplied by: one over the root of their averages."""
+        tiny = torch.finfo(squares.dtype).eps
+        if self._kernel:
+            rows = self._averages["row_var"].lerp_(_means(squares, -1), share)
+            columns = self._averages["col_var"].lerp_(_means(squares, -2), share)
+            torch.mul(rows / _means(rows, -2).clamp_(min=tiny), columns, out=squares)
+        elif self._vectors:
+            squares.copy_(self._averages["variance"].lerp_(squares, share))
+        else:  # a row and a column of one element are the same, v * v / max(v, tiny)
+            variance = self._averages["variance"].lerp_(squares, share)
+            torch.mul(variance, 1 / tiny, out=squares).clamp_(max=1.0).mul_(variance)
+        squares.clamp_(min=tiny * tiny).rsqrt_()
 
-def _same(some: list[nn.Parameter], others: Iterable[nn.Parameter]) -> bool:
-    return [id(parameter) for parameter in some] == [id(parameter) for parameter in others]
+    def _root_mean_squares(self, tensors: list[Any]) -> Tensor:
+        """`(members,)`."""
+        return torch.stack(torch._foreach_norm(tensors)).div_(self._roots)
 
 
 def _kernel(parameter: nn.Parameter) -> torch.Size:
@@ -127,10 +164,18 @@ def _nothing_yet(parameter: nn.Parameter) -> dict[str, Tensor]:
     }
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _means(values: Tensor, dim: int) -> Tensor:
+    """Over one of the last two dimensions, which stays; by slices, for `mean` over a few is slow."""
+    size = values.shape[dim]
+    if size > FEW:
+        return values.mean(dim=dim, keepdim=True)
+    first, *others = torch.split(values, 1, dim)
+    total = first.clone()
+    for other in others:
+        total += other
+    return total.div_(size)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None
     return parameter.grad
-
-
-def _root_mean_squares(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.stack([torch.linalg.vector_norm(one) / one.numel() ** 0.5 for one in tensors])

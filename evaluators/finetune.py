@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 
 from evaluators.adafactor import StackedAdafactor
 from evaluators.datasets.letterbox import LetterboxedImages
@@ -195,21 +195,11 @@ def _prefix(
         return None
     _train_mode(network)
     size, views = min(plan.batch_size, len(images)), 2 if plan.mirror else 1
-    batch = partial(_batch, images, detector)
+    batch = partial(batch_of, images, detector)
     try:
         return FrozenPrefix(network, changed, batch, len(images), size, views, partial(autocast, plan))
     except NotReplayableError:
         return None
-
-
-def _batch(
-    images: LetterboxedImages,
-    detector: Detector,
-    indices: np.ndarray[tuple[int], np.dtype[np.int64]],
-    mirrored: bool,
-) -> Tensor:
-    """In channels last, which convolutions on CPUs run faster in; the weights may keep their layout."""
-    return batch_of(images, detector, indices, mirrored).contiguous(memory_format=torch.channels_last)
 
 
 def _forward(
@@ -221,7 +211,7 @@ def _forward(
     mirrored: bool,
 ) -> Outputs:
     with autocast(plan):
-        return network(_batch(images, detector, indices, mirrored))
+        return network(batch_of(images, detector, indices, mirrored))
 
 
 def schedule(progress: float, warmup: float = 0.1) -> float:

@@ -95,11 +95,15 @@ class TeacherOutputs:
 
 
 def batch_of(images: LetterboxedImages, detector: Detector, indices: NDArray[Any], mirrored: bool) -> Tensor:
-    """Network input `(B, 3, H, W)` float32 of some images, mirrored left to right if asked."""
+    """Network input `(B, 3, H, W)` float32 of some images, mirrored left to right if asked.
+
+    In channels last, in which convolutions on CPUs run faster, whatever the layout of the weights.
+    """
     pixels = images.pixels[indices]
     if mirrored:
         pixels = pixels[:, :, ::-1]
-    return torch.from_numpy(network_input(np.ascontiguousarray(pixels), detector.preprocess))
+    batch = torch.from_numpy(network_input(np.ascontiguousarray(pixels), detector.preprocess))
+    return batch.contiguous(memory_format=torch.channels_last)
 
 
 def _chunks(count: int) -> Iterator[NDArray[np.int64]]:

@@ -166,9 +166,10 @@ def write_training(
         f"trained for {epochs} epoch(s) with the base as its teacher. The *plain loop* reads image files "
         "through a DataLoader, runs the teacher beside the student and uses torch's Adafactor in float32. "
         "*Ours* reads letterboxed images and the teacher's outputs, computed once a study and not counted, "
-        "in channels last, with parameters of one shape updated together; *frozen prefix* keeps what lies in "
-        "front of everything changed, and counts the features that it computes. Same batches, steps and "
-        f"rates; epochs in turn. Figures are whole runs. The base has {base_map:.2f} AP.",
+        "in channels last, with norms folded into convolutions and parameters updated together; *frozen "
+        "prefix* keeps what lies in front of everything changed, and counts the features that it computes. "
+        "Same batches, steps and rates; epochs in turn. Figures are whole runs. The base has "
+        f"{base_map:.2f} AP.",
         "",
         *table(
             [
