@@ -67,7 +67,7 @@ def peers(
     from evaluators.exported import ModelCard, model_in
     from search.comparison import TRIAL, compare, facts_of, fastest_peer, write_picture, write_report
     from search.front import front_of, subtitle_of
-    from search.peers.all_peers import peer_models
+    from search.peers.all_peers import peers_of
     from search.retention import base_number, front_numbers
     from search.study import load_study
     from spaces.errors import InputError
@@ -79,17 +79,19 @@ def peers(
         raise InputError("study", study, "has no base yet; let the search run until its first trial")
     threads = bench.config.threads
     folder = opened.artifacts / "peers"
-    first, *others = peer_models(bench, model_in(opened.trial_folder(base)), folder, slow)
-    models = {peer.name: (peer.session(threads), peer.model) for peer in (first, *others)}
+    peers = peers_of(bench, model_in(opened.trial_folder(base)), folder, slow, say)
+    models, reference = peers.models, next(iter(peers.models))
     for number in sorted(front_numbers(opened) - {base}):
         file = model_in(opened.trial_folder(number))
         if file.is_file():
             session = bench.target.prepare(file, threads, ModelCard.beside(file).runtime.hint)
             models[f"{TRIAL}{number}"] = (session, file)
     splits = split or ["select", "report"]
-    rows = compare(bench, models, first.name, splits, say)
+    rows = compare(bench, models, reference, splits, say)
     report = output / f"peers_{study}.md"
     facts = facts_of(bench, benchmark_command())
+    if peers.left_out:
+        facts["left out"] = "; ".join(f"{name} ({reason})" for name, reason in peers.left_out.items())
     title = f"Front of {study} and its peers"
     write_report(report, title, rows, fastest_peer(rows, splits[-1]), facts)
     front = front_of(opened)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from evaluators.bench import Bench
+from evaluators.targets.base import Session
 from search.peers.models import PeerModel
 from search.peers.nncf_peers import accuracy_controlled
 from search.peers.onnxruntime_peers import onnxruntime_peers
@@ -13,8 +17,23 @@ from search.peers.pruning_peers import pruned_peers
 from spaces.errors import InputError
 
 
-def peer_models(bench: Bench, base: Path, directory: Path, slow: bool = True) -> list[PeerModel]:
-    """All peers of a study; the first one is its base in float32.
+@dataclass
+class Peers:
+    """Peers that run, the first of which is the base in float32, and those that do not.
+
+    Attributes:
+        models: by name: loaded, and its file.
+        left_out: why, by name of a peer or of a family of them. Other people's packages have their limits.
+    """
+
+    models: dict[str, tuple[Session, Path]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def peers_of(
+    bench: Bench, base: Path, directory: Path, slow: bool = True, say: Callable[[str], None] = print
+) -> Peers:
+    """All peers of a study.
 
     All start from the base's own export, so they have its exact rewrites, its decoding and its
     post-processing, and calibrate on images of fit. Decoding and post-processing are left out of the
@@ -25,18 +44,50 @@ def peer_models(bench: Bench, base: Path, directory: Path, slow: bool = True) ->
         base: the base's float32 file.
         directory: where the peers' files go; those that are there are taken as they are.
         slow: also those that train or search themselves.
+        say: takes a line at a time.
 
     Raises:
         InputError: the target has no peers, or a package of theirs is not installed.
     """
+    peers = Peers()
+    for family, make in _families(bench, base, directory, slow).items():
+        say(f"making peers: {family}")
+        for peer in _those_of(family, make, peers.left_out):
+            try:
+                peers.models[peer.name] = peer.session(bench.config.threads), peer.model
+            except InputError as error:
+                peers.left_out[peer.name] = error.remedy
+    for name, reason in peers.left_out.items():
+        say(f"left out: {name}: {reason}")
+    return peers
+
+
+def _families(
+    bench: Bench, base: Path, directory: Path, slow: bool
+) -> dict[str, Callable[[], list[PeerModel]]]:
+    by_onnxruntime = partial(onnxruntime_peers, bench, base, directory)
     match bench.config.target:
         case "onnxruntime":
-            return onnxruntime_peers(bench, base, directory)
+            return {"onnxruntime.quantization": by_onnxruntime}
         case "openvino":
-            peers = openvino_peers(bench, base, directory)
-            if slow:
-                peers += accuracy_controlled(bench, base, directory)
-                peers += pruned_peers(bench, directory)
-            return peers + onnxruntime_peers(bench, base, directory)[1:]
+            patient: dict[str, Callable[[], list[PeerModel]]] = {
+                "nncf.quantize_with_accuracy_control": partial(accuracy_controlled, bench, base, directory),
+                "torch-pruning, trained as candidates are": partial(pruned_peers, bench, directory),
+            }
+            return {
+                "precisions, nncf.quantize, smaller inputs": partial(openvino_peers, bench, base, directory),
+                **(patient if slow else {}),
+                "onnxruntime.quantization": lambda: by_onnxruntime()[1:],
+            }
         case other:
             raise InputError("target", other, "only models for openvino and onnxruntime have peers")
+
+
+def _those_of(family: str, make: Callable[[], list[PeerModel]], left_out: dict[str, str]) -> list[PeerModel]:
+    try:
+        return make()
+    except InputError:
+        raise
+    except Exception as error:
+        left_out[family] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return []

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from evaluators.bench import Bench
@@ -51,6 +51,7 @@ def _quantise(bench: Bench, base: Path, file: Path, kinds: list[str] | None) -> 
         _Images(bench.inputs(bench.fit, CALIBRATION_IMAGES)),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
+        activation_type=QuantType.QUInt8,  # for x86; and the other makes files of YOLOX that do not load
         op_types_to_quantize=kinds,
         nodes_to_exclude=outside,
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from evaluators.accuracy import score_session
 from evaluators.bench import Bench
 from evaluators.bench_config import BenchConfig, LatencyConfig, SpaceConfig
 from evaluators.datasets.base import DataConfig
@@ -17,8 +16,9 @@ from evaluators.finetune import FineTunePlan
 from evaluators.quiet import QuietSlot
 from evaluators.targets.openvino_cpu import engine
 from search.comparison import Compared, compare, fastest_peer
-from search.peers import nncf_peers, onnxruntime_peers, openvino_peers, pruning_peers
-from search.peers.all_peers import peer_models
+from search.peers import all_peers, nncf_peers, onnxruntime_peers, openvino_peers, pruning_peers
+from search.peers.all_peers import peers_of
+from search.peers.models import PeerModel
 from spaces.errors import InputError
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
@@ -56,9 +56,10 @@ def test_all_peers_find_what_the_base_finds(
     monkeypatch.setattr(pruning_peers, "RATIOS", (0.5,))
     monkeypatch.setattr(openvino_peers, "REDUCED_LOSS", 30.0)
     base = bench.base_model(tmp_path / "base")
-    first, *others = peer_models(bench, base, tmp_path / "peers")
-    found = {peer.name: peer for peer in others}
-    assert first.name == "OpenVINO f32"
+    peers = peers_of(bench, base, tmp_path / "peers", say=lambda line: None)
+    found, first = peers.models, next(iter(peers.models))
+    assert first == "OpenVINO f32"
+    assert not peers.left_out
     assert {
         "OpenVINO bf16",
         "nncf MIXED, bf16",
@@ -70,18 +71,40 @@ def test_all_peers_find_what_the_base_finds(
     } <= set(found)
     sizes = [name.rsplit(", ", 1)[1] for name in found if name.startswith("OpenVINO bf16, ")]
     smallest = min(sizes, key=lambda shown: math.prod(map(int, shown.split("x"))))
-    shrunk = found[f"nncf conv only, bf16, {smallest}"]
-    assert "x".join(map(str, ModelCard.beside(shrunk.model).preprocess.size)) == smallest != "128x128"
-    assert found["torch-pruning 50%, bf16"].model.stat().st_size < 0.7 * base.stat().st_size
-    names = ("torch-pruning 50%, int8 + bf16", "ONNX Runtime QDQ, conv only", shrunk.name)
-    models = {first.name: (first.session(1), base)}
-    models |= {name: (found[name].session(1), found[name].model) for name in names}
-    rows = compare(bench, models, first.name, ["select"], lambda line: None)
+    small = f"nncf conv only, bf16, {smallest}"
+    shrunk = found[small]
+    assert "x".join(map(str, ModelCard.beside(shrunk[1]).preprocess.size)) == smallest != "128x128"
+    assert found["torch-pruning 50%, bf16"][1].stat().st_size < 0.7 * base.stat().st_size
+    names = (first, "torch-pruning 50%, int8 + bf16", "ONNX Runtime QDQ, conv only", small)
+    rows = compare(bench, {name: found[name] for name in names}, first, ["select"], lambda line: None)
     ap = {row.name: row.map["select"] for row in rows}
-    assert ap[first.name] > 20
-    assert min(ap["ONNX Runtime QDQ, conv only"], ap[shrunk.name]) > 5, "in pixels of the originals"
-    again = peer_models(bench, base, tmp_path / "peers")
-    assert [peer.name for peer in again] == [first.name, *found]
+    assert ap[first] > 20
+    assert min(ap["ONNX Runtime QDQ, conv only"], ap[small]) > 5, "in pixels of the originals"
+    again = peers_of(bench, base, tmp_path / "peers", say=lambda line: None)
+    assert list(again.models) == list(found)
+
+
+def test_peers_that_fail_are_left_out_with_a_reason(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"no model")
+
+    def fails(*_: object) -> list[PeerModel]:
+        raise ValueError("cannot trace it\nand more")
+
+    base = bench.base_model(tmp_path / "base")
+    found = [PeerModel("OpenVINO f32", base), PeerModel("broken", broken)]
+    monkeypatch.setattr(all_peers, "openvino_peers", lambda *_: found)
+    monkeypatch.setattr(all_peers, "pruned_peers", fails)
+    for name in ("accuracy_controlled", "onnxruntime_peers"):
+        monkeypatch.setattr(all_peers, name, lambda *_: [])
+    lines: list[str] = []
+    peers = peers_of(bench, base, tmp_path / "peers", say=lines.append)
+    assert list(peers.models) == ["OpenVINO f32"]
+    assert list(peers.left_out) == ["broken", "torch-pruning, trained as candidates are"]
+    assert peers.left_out["torch-pruning, trained as candidates are"] == "ValueError: cannot trace it"
+    assert lines[-1].startswith("left out: torch-pruning")
 
 
 def test_a_size_that_costs_too_much_is_no_peer(
@@ -98,18 +121,19 @@ def test_accuracy_control_sees_select(bench: Bench, tmp_path: Path) -> None:
     model = bench.base_model(tmp_path / "base")
     compiled = engine().compile_model(str(model), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     session = bench.target.prepare(model, 1)
-    figures, _ = score_session(session, bench.splits["select"], bench.select, bench.detector.preprocess)
+    figures, _ = bench.scored(session)
     assert nncf_peers._average_precision(bench, compiled) == pytest.approx(figures["map"])
 
 
 def test_peers_of_onnx_runtime_are_its_own(bench: Bench, tmp_path: Path) -> None:
     config = bench.config.model_copy(update={"target": "onnxruntime"})
     other = Bench(config, bench.slot)
-    found = peer_models(other, other.base_model(tmp_path / "base"), tmp_path / "peers")
-    assert [peer.engine for peer in found] == ["onnxruntime"] * 3
+    base = other.base_model(tmp_path / "base")
+    found = peers_of(other, base, tmp_path / "peers", say=lambda line: None)
+    assert list(found.models) == ["ONNX Runtime f32", "ONNX Runtime QDQ", "ONNX Runtime QDQ, conv only"]
     torch_bench = Bench(bench.config.model_copy(update={"target": "torch"}), bench.slot)
     with pytest.raises(InputError, match="have peers"):
-        peer_models(torch_bench, tmp_path / "model.pt2", tmp_path)
+        peers_of(torch_bench, tmp_path / "model.pt2", tmp_path)
 
 
 def test_the_fastest_peer_is_one_that_keeps_its_accuracy() -> None:
