@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -29,10 +30,15 @@ class StackedAdafactor(torch.optim.Optimizer):
     Args:
         parameters: those without a gradient are left alone.
         lr: step over the size of a tensor's weights.
+        gradient_norm: a longer gradient, that of all parameters together, is shortened to it first, as
+            `torch.nn.utils.clip_grad_norm_` does.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, gradient_norm: float = math.inf
+    ) -> None:
         super().__init__(parameters, {"lr": lr})
+        self._gradient_norm = gradient_norm
         self._moving: list[nn.Parameter] = []
         self._stacks: list[_Stack] = []
 
@@ -45,8 +51,10 @@ class StackedAdafactor(torch.optim.Optimizer):
             self._note_steps()
             self._moving = moving
             self._stacks = self._arranged()
+        lengths = [stack.take_gradients() for stack in self._stacks]
+        length = float(torch.stack(lengths).norm()) if lengths else 0.0
         for stack in self._stacks:
-            stack.update()
+            stack.update(min(1.0, self._gradient_norm / (length + 1e-6)))
 
     def state_dict(self) -> dict[str, Any]:
         """As that of any optimizer."""
@@ -115,11 +123,18 @@ class _Stack:
             for one, part in zip(own, torch.split(whole, rows), strict=True):
                 one[name] = part.view(one[name].shape)
 
-    def update(self) -> None:
-        """One step of all members."""
-        self.steps += 1
+    def take_gradients(self) -> Tensor:
+        """Copy those of all members; their length."""
         gradients = [_gradient(parameter).reshape(-1, *self._kernel) for parameter in self.members]
         torch.cat(gradients, out=self._gradient)
+        length: Tensor = torch.linalg.vector_norm(self._gradient)
+        return length
+
+    def update(self, shortened: float) -> None:
+        """One step of all members, along their gradients times `shortened`."""
+        self.steps += 1
+        if shortened < 1.0:
+            self._gradient *= shortened
         torch.mul(self._gradient, self._gradient, out=self._factor)
         self._turn_to_factors(self._factor, self.steps**DECAY)
         self._factor *= self._gradient

@@ -131,14 +131,15 @@ def fine_tune(
         prefix = _prefix(network, detector, images, plan, changed)
         if start is None and not norms_measured:
             kept = prefix.norms if prefix is not None else []
-            recalibrate_norms(network, detector, images, plan.batch_size, kept=kept)
+            with autocast(plan):
+                recalibrate_norms(network, detector, images, plan.batch_size, kept=kept)
         _train_mode(network)
         folded = FoldedNorms(network, batch_of(images, detector, np.arange(1), False), plan.dtype)
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     forward: Forward = prefix or partial(_forward, folded, detector, images, plan)
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = StackedAdafactor(trained, lr=plan.learning_rate)
+    optimizer = StackedAdafactor(trained, plan.learning_rate, plan.gradient_norm)
     labels = [images.labels(k) for k in range(len(images))]
     batch_size = min(plan.batch_size, len(images))
     steps = len(images) // batch_size
@@ -244,7 +245,6 @@ def _step(
     optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     folded.hand_on()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], plan.gradient_norm)
     optimizer.step()
     return float(loss.detach())
 

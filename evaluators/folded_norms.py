@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -43,8 +42,13 @@ class _Pair:
     def spread(self, gain: Tensor, shift: Tensor) -> None:
         """Set the folded weight and bias, by the norm's gain and shift `(O,)`."""
         torch.mul(self.convolution.weight, _by_output(gain), out=self.weight.detach())
-        self.weight.grad = self.bias.grad = None
-        self.bias.detach().copy_(shift)
+        self.weight.grad = None
+        self.bias = shift.requires_grad_()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Of the convolution, with the norm."""
+        outputs: Tensor = self.convolution._conv_forward(images, self.weight, self.bias)
+        return outputs
 
     def gathered(self, gain: Tensor) -> Tensor:
         """Give the convolution's weight its gradient; returns the gain's share of it, `(O,)`."""
@@ -81,6 +85,7 @@ class FoldedNorms:
             )
             for names, layer, norm in _pairs(network, image)
         ]
+        self._channels: _Channels
 
     @property
     def names(self) -> dict[str, str]:
@@ -92,19 +97,18 @@ class FoldedNorms:
         if not self._pairs:
             return self._network(images)  # type: ignore[no-any-return]
         with torch.no_grad():
-            norms = _Channels(self._pairs)
-            gain, shift = norms.gain, norms.shift
-            for pair, one, other in zip(self._pairs, norms.split(gain), norms.split(shift), strict=True):
-                pair.spread(one, other)
-        given = {f"{pair.layer}.weight": pair.weight for pair in self._pairs}
-        given |= {f"{pair.layer}.bias": pair.bias for pair in self._pairs}
+            self._channels = norms = _Channels(self._pairs)
+            gains, shifts = norms.split(norms.gain), norms.split(norms.shift.to(self._pairs[0].bias.dtype))
+            for pair, gain, shift in zip(self._pairs, gains, shifts, strict=True):
+                pair.spread(gain, shift)
         for pair in self._pairs:
+            pair.convolution.forward = pair.forward  # type: ignore[method-assign, assignment]
             pair.behind.forward = _identity  # type: ignore[method-assign, assignment]
         try:
-            outputs: Outputs = functional_call(self._network, given, (images,))
+            outputs: Outputs = self._network(images)
         finally:
             for pair in self._pairs:
-                del pair.behind.forward
+                del pair.convolution.forward, pair.behind.forward
         return outputs
 
     @torch.no_grad()
@@ -113,7 +117,7 @@ class FoldedNorms:
         pairs = [pair for pair in self._pairs if pair.weight.grad is not None]
         if not pairs:
             return
-        norms = _Channels(pairs)
+        norms = self._channels if len(pairs) == len(self._pairs) else _Channels(pairs)
         gain = norms.gain
         shifts = torch.cat([_gradient(pair.bias) for pair in pairs]).float()
         gains = torch.cat([pair.gathered(one) for pair, one in zip(pairs, norms.split(gain), strict=True)])
@@ -235,4 +239,4 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 def _give(parameter: Tensor | None, gradient: Tensor) -> None:
     if parameter is not None and parameter.requires_grad:
-        parameter.grad = gradient.clone()
+        parameter.grad = gradient

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from search.figure_frame import BASE, FRONT, OTHERS, PEER, TRIAL, Frame, frame_of
 from search.report import FrontRow, Peer, TrialPoint
 
-PEER_MARKERS = "sD^vPX<>"
+PEER_MARKERS = "sD^vPX<>pdH8"
 QUIET_TEXT = "#4b5563"
 
 

@@ -40,7 +40,7 @@ class ConvBlock(nn.Module):
             inputs, outputs, kernel, stride, padding=(kernel - 1) // 2, groups=groups, bias=False
         )
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3, momentum=0.03)
-        self.act = nn.SiLU(inplace=True)
+        self.act = nn.SiLU()  # in place it would copy its input for the backward pass
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.act(self.bn(self.conv(x)))

@@ -81,3 +81,25 @@ def test_what_has_no_gradient_stays() -> None:
     StackedAdafactor([moving, resting], lr=0.1).step()
     assert resting.detach().tolist() == [1.0, 1.0, 1.0]
     assert moving.detach().tolist() == pytest.approx([0.9, 0.9, 0.9])
+
+
+def test_long_gradients_are_shortened_as_torch_does() -> None:
+    """In the second step, for the first one does not depend on how long a gradient is."""
+    networks = [network() for _ in range(3)]
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    longest = 1e9
+    optimizers = [StackedAdafactor(n.parameters(), 0.1, longest) for n in networks]
+    for step, factor in enumerate((1.0, 5.0)):
+        for one, optimizer in zip(networks, optimizers, strict=True):
+            optimizer.zero_grad()
+            (factor * one(images).square().sum()).backward()
+        if step == 1:
+            longest = 0.3 * float(nn.utils.get_total_norm(p.grad for p in networks[0].parameters()))
+            nn.utils.clip_grad_norm_(networks[0].parameters(), longest)
+            optimizers[1]._gradient_norm = longest
+        for optimizer in optimizers:
+            optimizer.step()
+    torchs, ours, unclipped = ([*one.parameters()] for one in networks)
+    for a, b in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not any(torch.allclose(a, b, rtol=1e-3) for a, b in zip(unclipped, torchs, strict=True))
