@@ -19,7 +19,7 @@ from evaluators.adafactor import StackedAdafactor
 from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.folded_norms import FoldedNorms
 from evaluators.frozen_prefix import FrozenPrefix
-from evaluators.norms import recalibrate_norms
+from evaluators.norms import BEFORE_TRAINING, recalibrate_norms
 from evaluators.quiet import QuietSlot
 from evaluators.replay import NotReplayableError
 from evaluators.signature import machine_signature
@@ -132,7 +132,7 @@ def fine_tune(
         if start is None and not norms_measured:
             kept = prefix.norms if prefix is not None else []
             with autocast(plan):
-                recalibrate_norms(network, detector, images, plan.batch_size, kept=kept)
+                recalibrate_norms(network, detector, images, plan.batch_size, BEFORE_TRAINING, kept)
         _train_mode(network)
         folded = FoldedNorms(network, batch_of(images, detector, np.arange(1), False), plan.dtype)
     random = np.random.default_rng(seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,17 +23,24 @@ STREAM_BYTES = 5000
 
 @dataclass(frozen=True)
 class _Indexed:
-    """A constant as indices `(n,)` into its distinct values, of `bits` bits each."""
+    """A constant as indices `(n,)` into its distinct values, of `bits` bits each.
+
+    Attributes:
+        powers: `(O, 1, ...)`: what the values of each output channel are multiplied by; None for 1.
+    """
 
     tensor: onnx.TensorProto
     indices: NDArray[np.int64]
     values: NDArray[np.generic]
     bits: int
     saved: float
+    powers: NDArray[np.generic] | None = None
 
 
 def packed(graph: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, int]]:
     """A copy that stores weights of at most 256 distinct values as packed indices, and the bits of each.
+
+    In float weights the values of an output channel may all be multiplied by a power of two.
 
     The indices of all weights of one width lie in one stream of bytes. A byte is turned into the indices
     that it holds by a small table (Gather), which engines compute once, when they load the file: OpenVINO
@@ -98,7 +106,10 @@ def _indexed(tensor: onnx.TensorProto) -> _Indexed | None:
     """None where packing saves nothing."""
     if tensor.data_type not in (TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8):
         return None
-    array = numpy_helper.to_array(tensor)
+    array, powers = numpy_helper.to_array(tensor), None
+    if tensor.data_type != TensorProto.INT8 and array.ndim > 1:
+        powers = _powers(array)
+        array = array / powers
     if len(np.unique(array.reshape(-1)[:1024])) > 256:
         return None
     values, indices = np.unique(array, return_inverse=True)
@@ -106,7 +117,15 @@ def _indexed(tensor: onnx.TensorProto) -> _Indexed | None:
     if bits > (6 if tensor.data_type == TensorProto.INT8 else 8):  # whole bytes stay readable as they are
         return None
     saved = array.nbytes - bits * array.size / 8 - values.nbytes - NODE_BYTES
-    return _Indexed(tensor, indices.reshape(-1), values, bits, saved) if saved > 0 else None
+    saved -= 0 if powers is None else powers.nbytes
+    return _Indexed(tensor, indices.reshape(-1), values, bits, saved, powers) if saved > 0 else None
+
+
+def _powers(array: NDArray[Any]) -> NDArray[Any]:
+    """What `spaces.methods.codebook.powers_of_two` finds, of a weight `(O, ...)`."""
+    largest = np.abs(array.astype(np.float32)).max(axis=tuple(range(1, array.ndim)), keepdims=True)
+    _, exponents = np.frexp(largest)
+    return np.where(largest > 0, np.ldexp(1.0, exponents - 1), 1.0).astype(array.dtype)
 
 
 def _stream(graph: onnx.ModelProto, bits: int, members: list[_Indexed]) -> list[onnx.NodeProto]:
@@ -156,5 +175,9 @@ def _stream(graph: onnx.ModelProto, bits: int, members: list[_Indexed]) -> list[
         ends = "_".join(str(int(v)) for v in (member.values[0], member.values[-1])) if shared else ""
         whole = shared and len(member.values) == int(member.values[-1]) - int(member.values[0]) + 1
         table = constant(graph, f"packed_levels_{ends}" if whole else f"{tensor.name}_values", member.values)
-        add("Gather", [table, shaped], tensor.name)
+        if member.powers is None or (member.powers == 1).all():
+            add("Gather", [table, shaped], tensor.name)
+        else:
+            powers = constant(graph, f"{tensor.name}_powers", member.powers)
+            add("Mul", [add("Gather", [table, shaped], f"{tensor.name}_entries"), powers], tensor.name)
     return nodes

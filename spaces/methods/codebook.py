@@ -15,6 +15,8 @@ from spaces.recipe import Choice, Codebook
 from spaces.sites import Sites
 
 ENTRIES = (0, 256, 64, 16)
+BELOW_TWO = 1.9921875
+"""The largest bfloat16 below 2."""
 SAMPLES = 16384
 """K-means looks at so many of the sorted weights at most, evenly spaced."""
 
@@ -55,20 +57,38 @@ def cluster_layers(network: nn.Module, entries: Mapping[str, int]) -> None:
 
 
 def clustered(weight: Tensor, entries: int) -> Tensor:
-    """A weight with every value replaced by the nearest of at most `entries` cluster centres.
+    """A weight whose every value is one of at most `entries`, times the power of two of its output channel.
 
     K-means in one dimension from an even grid (Han et al. 2016, arXiv 1510.00149, found that start the best:
-    it keeps entries for the few large weights), so that the same weight always gives the same codebook.
+    it keeps entries for the few large weights), so that the same weight always gives the same codebook. With
+    norms folded in, channels differ by orders of magnitude; each is therefore divided first by the largest
+    power of two that its largest weight reaches, and that weight stays in [1, 2): so the file's packing can
+    read the power off the values, and times a power of two they are exact.
+
+    Args:
+        weight: `(O, ...)`, output channels first.
+        entries: at least 4; two of them are 1 and -1.
     """
     from sklearn.cluster import KMeans  # here, because every worker would wait for it
 
-    values = np.sort(weight.detach().double().flatten().numpy())
+    powers = powers_of_two(weight)
+    normal = (weight.detach() / powers).double()
+    values = np.sort(normal.flatten().numpy())
     if len(np.unique(values)) <= entries:
         return weight.clone()
     sample = values[np.linspace(0, len(values) - 1, min(len(values), SAMPLES)).astype(int)]
-    starts = np.linspace(values[0], values[-1], entries)
-    means = KMeans(entries, init=starts[:, None], n_init=1, max_iter=50).fit(sample[:, None])
-    centres = np.sort(means.cluster_centers_[:, 0])
+    starts = np.linspace(values[0], values[-1], entries - 2)
+    means = KMeans(entries - 2, init=starts[:, None], n_init=1, max_iter=50).fit(sample[:, None])
+    centres = np.sort(means.cluster_centers_[:, 0]).clip(-BELOW_TWO, BELOW_TWO)
     borders = torch.from_numpy((centres[1:] + centres[:-1]) / 2)
-    nearest = torch.bucketize(weight.detach().double(), borders)
-    return torch.from_numpy(centres)[nearest].to(weight.dtype)
+    found = torch.from_numpy(centres)[torch.bucketize(normal, borders)]
+    largest = normal.abs() >= 1.0
+    found = torch.where(largest & (found.abs() < 1.0), normal.sign(), found)
+    return found.to(weight.dtype) * powers
+
+
+def powers_of_two(weight: Tensor) -> Tensor:
+    """Of each output channel, the largest power of two up to its largest absolute weight, `(O, 1, ...)`."""
+    largest = weight.detach().abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True)
+    mantissas, exponents = torch.frexp(largest)
+    return torch.where(largest > 0, torch.ldexp(torch.ones_like(mantissas), exponents - 1), 1.0)

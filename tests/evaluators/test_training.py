@@ -166,6 +166,19 @@ def test_a_killed_training_ends_like_one_that_was_not(images: LetterboxedImages,
         train(DETECTOR, fresh(), images, plan, tmp_path / "c.pt")
 
 
+def test_bfloat16_trains_alike_and_leaves_float32(images: LetterboxedImages) -> None:
+    def losses(precision: str) -> list[float]:
+        plan = TrainingPlan(epochs=2, batch_size=8, warmup_epochs=1, precision=precision)
+        torch.manual_seed(0)
+        found: list[float] = []
+        trained = train(DETECTOR, DETECTOR.build(), images, plan, None, lambda e, _: found.append(e.loss))
+        assert all(value.dtype != torch.bfloat16 for value in trained.network.state_dict().values())
+        return found
+
+    assert losses("bfloat16") == pytest.approx(losses("float32"), rel=0.03)
+    assert losses("bfloat16") != losses("float32")
+
+
 def test_a_small_baseline_from_configuration_to_figures(root: Path, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(
         f"model: yolox_digits\nsize: [96, 96]\ndata: {{format: coco, root: {root}}}\n"
