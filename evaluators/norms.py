@@ -18,8 +18,8 @@ NORM_IMAGES = 512
 """
 BEFORE_TRAINING = 128
 """The same, of a network that is trained next. An epoch that began with 32, 64, 128, 256 or 512 of them ended
-at 32.2, 32.5, 32.3, 32.1 and 32.0 AP (digits, a quarter of all channels gone, means of three seeds), and at 67.8
-each where fewer channels were.
+at 32.2, 32.5, 32.3, 32.1 and 32.0 AP (digits, a quarter of all channels gone, means of three seeds), and at
+67.8 each where fewer channels were.
 """
 
 

@@ -106,10 +106,19 @@ def _indexed(tensor: onnx.TensorProto) -> _Indexed | None:
     """None where packing saves nothing."""
     if tensor.data_type not in (TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8):
         return None
-    array, powers = numpy_helper.to_array(tensor), None
+    array = numpy_helper.to_array(tensor)
+    ways = [_distinct(tensor, array, None)]
     if tensor.data_type != TensorProto.INT8 and array.ndim > 1:
         powers = _powers(array)
-        array = array / powers
+        ways.append(_distinct(tensor, array / powers, powers))
+    best = max(filter(None, ways), key=lambda way: way.saved, default=None)
+    return best if best is not None and best.saved > 0 else None
+
+
+def _distinct(
+    tensor: onnx.TensorProto, array: NDArray[Any], powers: NDArray[np.generic] | None
+) -> _Indexed | None:
+    """None where there are too many distinct values."""
     if len(np.unique(array.reshape(-1)[:1024])) > 256:
         return None
     values, indices = np.unique(array, return_inverse=True)
@@ -118,7 +127,7 @@ def _indexed(tensor: onnx.TensorProto) -> _Indexed | None:
         return None
     saved = array.nbytes - bits * array.size / 8 - values.nbytes - NODE_BYTES
     saved -= 0 if powers is None else powers.nbytes
-    return _Indexed(tensor, indices.reshape(-1), values, bits, saved, powers) if saved > 0 else None
+    return _Indexed(tensor, indices.reshape(-1), values, bits, saved, powers)
 
 
 def _powers(array: NDArray[Any]) -> NDArray[Any]:
@@ -175,7 +184,7 @@ def _stream(graph: onnx.ModelProto, bits: int, members: list[_Indexed]) -> list[
         ends = "_".join(str(int(v)) for v in (member.values[0], member.values[-1])) if shared else ""
         whole = shared and len(member.values) == int(member.values[-1]) - int(member.values[0]) + 1
         table = constant(graph, f"packed_levels_{ends}" if whole else f"{tensor.name}_values", member.values)
-        if member.powers is None or (member.powers == 1).all():
+        if member.powers is None:
             add("Gather", [table, shaped], tensor.name)
         else:
             powers = constant(graph, f"{tensor.name}_powers", member.powers)

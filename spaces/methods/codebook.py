@@ -67,7 +67,7 @@ def clustered(weight: Tensor, entries: int) -> Tensor:
 
     Args:
         weight: `(O, ...)`, output channels first.
-        entries: at least 4; two of them are 1 and -1.
+        entries: at least 16; two of them are 1 and -1, one is 0 where a channel is dead.
     """
     from sklearn.cluster import KMeans  # here, because every worker would wait for it
 
@@ -77,13 +77,15 @@ def clustered(weight: Tensor, entries: int) -> Tensor:
     if len(np.unique(values)) <= entries:
         return weight.clone()
     sample = values[np.linspace(0, len(values) - 1, min(len(values), SAMPLES)).astype(int)]
-    starts = np.linspace(values[0], values[-1], entries - 2)
-    means = KMeans(entries - 2, init=starts[:, None], n_init=1, max_iter=50).fit(sample[:, None])
+    dead = (normal == 0).all(dim=tuple(range(1, weight.dim())), keepdim=True)
+    free = entries - 2 - int(dead.any())
+    starts = np.linspace(values[0], values[-1], free)
+    means = KMeans(free, init=starts[:, None], n_init=1, max_iter=50).fit(sample[:, None])
     centres = np.sort(means.cluster_centers_[:, 0]).clip(-BELOW_TWO, BELOW_TWO)
     borders = torch.from_numpy((centres[1:] + centres[:-1]) / 2)
     found = torch.from_numpy(centres)[torch.bucketize(normal, borders)]
     largest = normal.abs() >= 1.0
-    found = torch.where(largest & (found.abs() < 1.0), normal.sign(), found)
+    found = torch.where(dead | (largest & (found.abs() < 1.0)), normal.sign(), found)
     return found.to(weight.dtype) * powers
 
 

@@ -124,10 +124,28 @@ def test_codebooks_of_floats(entries: int, tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, expected)
 
 
-def test_bfloat16_values_stay_bfloat16() -> None:
+def test_codebooks_by_channel(tmp_path: Path) -> None:
+    powers = 2.0 ** RANDOM.integers(-6, 4, (48, 1, 1, 1))
+    book = np.append(RANDOM.uniform(-1.99, 1.99, size=63), 1.0).astype(np.float32)
+    weights = [(book[RANDOM.integers(0, 64, (48, 48, 3, 3))] * powers).astype(np.float32) for _ in range(2)]
+    for weight in weights:
+        weight[:, 0, 0, 0] = powers.reshape(-1)
+    plain = chain(weights)
+    small, found = packed(plain)
+    assert found == {"a": 6, "b": 6}
+    assert len(small.SerializeToString()) < len(plain.SerializeToString()) * 6 / 32 + 8 * 64 + 6500
+    for run in (in_openvino, lambda graph: in_onnxruntime(graph, tmp_path)):
+        (ours, kernels), (expected, as_plain) = run(small), run(plain)
+        assert kernels == as_plain
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("powers", [np.ones((48, 1, 1, 1)), 2.0 ** np.arange(-24, 24).reshape(48, 1, 1, 1)])
+def test_bfloat16_values_stay_bfloat16(powers: NDArray[np.float64]) -> None:
     graph = chain(random_weights())
-    book = RANDOM.normal(size=16).astype(ml_dtypes.bfloat16)
-    values = book[RANDOM.integers(0, 16, (48, 48, 3, 3))]
+    book = np.append(RANDOM.uniform(-1.9, 1.9, size=15), 1.0).astype(ml_dtypes.bfloat16)
+    values = book[RANDOM.integers(0, 16, (48, 48, 3, 3))] * powers.astype(ml_dtypes.bfloat16)
+    values[:, 0, 0, 0] = powers.reshape(-1)
     graph.graph.initializer[0].CopyFrom(numpy_helper.from_array(values, "network.a.weight_bf16"))
     graph.graph.node[0].input[1] = "widened"
     graph.graph.node.insert(

@@ -9,7 +9,7 @@ from spaces.apply import apply, check, rebuild, save
 from spaces.capabilities import Capabilities
 from spaces.effects import codebooks_by_layer, integers_by_layer
 from spaces.errors import InputError
-from spaces.methods.codebook import Codebooks, clustered
+from spaces.methods.codebook import Codebooks, clustered, powers_of_two
 from spaces.methods.quantize import Quantization
 from spaces.recipe import Choice, Codebook, Quantize, Recipe
 from spaces.sites import Sites, find_sites
@@ -26,11 +26,28 @@ def sites() -> Sites:
     return find_sites(detector, detector.build())  # type: ignore[arg-type]
 
 
-def test_clear_clusters_become_their_means() -> None:
-    centres = torch.arange(16.0)
-    weight = (centres[:, None] + torch.tensor([-0.01, 0.0, 0.04])).reshape(4, 12, 1, 1)
-    expected = (centres[:, None] + 0.01).expand(16, 3).reshape(4, 12, 1, 1)
-    torch.testing.assert_close(clustered(weight, 16), expected, rtol=0, atol=1e-6)
+def test_clear_clusters_become_their_means_in_every_channel() -> None:
+    """Channels of the same values, but for a power of two: 14 clusters of three, and 1 for the largest."""
+    levels = torch.cat((torch.linspace(-0.75, 0.75, 12), torch.tensor([1.25, 1.75])))
+    row = (levels[:, None] + torch.tensor([-0.01, 0.0, 0.04])).flatten()
+    means = (levels[:, None] + 0.01).expand(14, 3).flatten()
+    powers = torch.tensor([1.0, 0.125, 64.0]).reshape(3, 1, 1, 1)
+    found = clustered(row.reshape(1, 42, 1, 1) * powers, 16)
+    torch.testing.assert_close(found, means.reshape(1, 42, 1, 1) * powers, rtol=0, atol=1e-5)
+    assert torch.equal(powers_of_two(found), powers)
+
+
+def test_the_largest_weight_of_a_channel_keeps_its_power_of_two() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 8, 1, 1) * torch.logspace(-3, 3, 64).reshape(64, 1, 1, 1)
+    weight[5] = 0.0
+    for entries in (16, 64):
+        found = clustered(weight, entries)
+        assert torch.equal(powers_of_two(found), powers_of_two(weight))
+        assert torch.equal(powers_of_two(found.bfloat16().float()), powers_of_two(weight))
+        assert len((found / powers_of_two(found)).unique()) <= entries
+        worst = ((found - weight) ** 2).mean(dim=(1, 2, 3)) / (weight**2).mean(dim=(1, 2, 3)).clamp(min=1e-9)
+        assert float(worst.max()) < (0.1 if entries == 16 else 0.01), "small channels count as much as large"
 
 
 @pytest.mark.parametrize("entries", [16, 64, 256])
@@ -38,7 +55,7 @@ def test_more_entries_come_closer_and_the_same_weight_gives_the_same_codebook(en
     torch.manual_seed(0)
     weight = torch.randn(64, 32, 3, 3)
     found = clustered(weight, entries)
-    assert len(found.unique()) <= entries
+    assert len((found / powers_of_two(found)).unique()) <= entries
     assert torch.equal(found, clustered(weight.clone(), entries))
     error = float(((found - weight) ** 2).mean())
     grid = torch.linspace(float(weight.min()), float(weight.max()), entries)
