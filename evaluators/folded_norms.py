@@ -1,8 +1,8 @@
 """Norms that keep their statistics, folded into the convolutions in front of them while a network is trained.
 
 Such a norm only multiplies and shifts channels. As a layer of its own it passes over the activations once
-forward and thrice backward, a third of a training step on a CPU; folded into the weights it costs nothing.
-The network computes the same and its parameters get the same gradients, up to rounding.
+forward and thrice backward, a fifth of a training step on a CPU; folded into the weights it costs next to
+nothing. The network computes the same and its parameters get the same gradients, up to rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class _Pair:
     """A convolution and the norm behind it.
 
     Attributes:
-        layer, norm: their names; the norm may be registered in several places.
+        layer, norm: their names.
         weight, bias: what the convolution computes with in their place; gradients arrive here.
     """
 
