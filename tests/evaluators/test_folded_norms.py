@@ -13,6 +13,7 @@ from evaluators.datasets.letterbox import LetterboxedImages
 from evaluators.folded_norms import FoldedNorms
 from evaluators.teacher import batch_of
 from spaces.detectors.base import Detector
+from spaces.detectors.registry import make_detector
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
@@ -135,3 +136,19 @@ def test_all_norms_of_the_digits_detector(
     assert ours.keys() == theirs.keys()
     for name, gradient in theirs.items():
         assert float((ours[name] - gradient).norm()) <= 1e-3 * float(gradient.norm()) + 1e-6, name
+
+
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "fasterrcnn_digits", "fcos_resnet50_fpn"])
+def test_all_norms_of_every_family(name: str) -> None:
+    torch.manual_seed(0)
+    network = make_detector(name, 5, (128, 128)).build().train()
+    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d)
+    norms = [(n, module) for n, module in network.named_modules() if isinstance(module, kinds)]
+    for _, norm in norms:
+        norm.eval()
+    images = torch.randn(2, 3, 128, 128)
+    folded = FoldedNorms(network, images[:1])
+    assert sorted(folded.names.values()) == sorted(n for n, _ in norms)
+    with torch.no_grad():
+        for ours, plain in zip(folded(images), network(images), strict=True):
+            assert float((ours - plain).norm()) <= 1e-4 * float(plain.norm())
