@@ -63,7 +63,7 @@ def compare(
     say(f"timing {len(models)} models together")
     sessions = {name: session for name, (session, _) in models.items()}
     with bench.slot.computing():
-        benches = {name: _bench_of(bench, file) for name, (_, file) in models.items()}
+        benches = {name: bench_of(bench, file) for name, (_, file) in models.items()}
         inputs = {name: benches[name].timing_inputs for name in models}
     with bench.slot.quiet():
         paired = measure_many(
@@ -100,7 +100,7 @@ def compare(
     ]
 
 
-def _bench_of(bench: Bench, file: Path) -> Bench:
+def bench_of(bench: Bench, file: Path) -> Bench:
     """The bench at the size of a model's input, which its card says; peers have none and take the study's."""
     if not file.with_name(CARD_FILE).is_file():
         return bench

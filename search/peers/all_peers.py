@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from evaluators.bench import Bench
 from evaluators.targets.base import Session
+from search.comparison import bench_of
+from search.peers.mct_peers import mct_peers
 from search.peers.models import PeerModel
 from search.peers.nncf_peers import accuracy_controlled
+from search.peers.olive_peers import olive_peers
 from search.peers.onnxruntime_peers import onnxruntime_peers
-from search.peers.openvino_peers import openvino_peers
+from search.peers.openvino_peers import openvino_peers, quantised_at_sizes, reduced_inputs
 from search.peers.pruning_peers import pruned_peers
 from spaces.errors import InputError
 
@@ -47,16 +50,19 @@ def peers_of(
         say: takes a line at a time.
 
     Raises:
-        InputError: the target has no peers, or a package of theirs is not installed.
+        InputError: the target has no peers.
     """
     peers = Peers()
     for family, make in _families(bench, base, directory, slow).items():
         say(f"making peers: {family}")
         for peer in _those_of(family, make, peers.left_out):
             try:
-                peers.models[peer.name] = peer.session(bench.config.threads), peer.model
-            except InputError as error:
-                peers.left_out[peer.name] = error.remedy
+                session = peer.session(bench.config.threads)
+                session.run(bench_of(bench, peer.model).timing_inputs[0])
+            except Exception as error:
+                peers.left_out[peer.name] = _reason(error)
+            else:
+                peers.models[peer.name] = session, peer.model
     for name, reason in peers.left_out.items():
         say(f"left out: {name}: {reason}")
     return peers
@@ -66,18 +72,23 @@ def _families(
     bench: Bench, base: Path, directory: Path, slow: bool
 ) -> dict[str, Callable[[], list[PeerModel]]]:
     by_onnxruntime = partial(onnxruntime_peers, bench, base, directory)
+    by_olive = partial(olive_peers, bench, base, directory)
     match bench.config.target:
         case "onnxruntime":
-            return {"onnxruntime.quantization": by_onnxruntime}
+            return {"onnxruntime.quantization": by_onnxruntime, "Olive": by_olive}
         case "openvino":
             patient: dict[str, Callable[[], list[PeerModel]]] = {
                 "nncf.quantize_with_accuracy_control": partial(accuracy_controlled, bench, base, directory),
                 "torch-pruning, trained as candidates are": partial(pruned_peers, bench, directory),
             }
+            reduced = cache(partial(reduced_inputs, bench, base, directory))
             return {
-                "precisions, nncf.quantize, smaller inputs": partial(openvino_peers, bench, base, directory),
+                "precisions, smaller inputs": lambda: openvino_peers(base, reduced()),
+                "nncf.quantize": lambda: quantised_at_sizes(bench, base, directory, reduced()),
                 **(patient if slow else {}),
                 "onnxruntime.quantization": lambda: by_onnxruntime()[1:],
+                "Olive": by_olive,
+                "Sony MCT": partial(mct_peers, bench, directory),
             }
         case other:
             raise InputError("target", other, "only models for openvino and onnxruntime have peers")
@@ -86,8 +97,14 @@ def _families(
 def _those_of(family: str, make: Callable[[], list[PeerModel]], left_out: dict[str, str]) -> list[PeerModel]:
     try:
         return make()
-    except InputError:
-        raise
     except Exception as error:
-        left_out[family] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        left_out[family] = _reason(error)
         return []
+
+
+def _reason(error: Exception) -> str:
+    """In one line: other people's packages have their own errors."""
+    if isinstance(error, InputError):
+        return error.remedy
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

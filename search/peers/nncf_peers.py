@@ -15,8 +15,7 @@ from evaluators.bench import Bench
 from evaluators.graph import OUTPUTS, SCOPE
 from evaluators.targets.base import Detections
 from evaluators.targets.openvino_cpu import engine
-from search.peers.models import PeerModel
-from spaces.errors import InputError
+from search.peers.models import PeerModel, installed
 
 CALIBRATION_IMAGES = 300
 """NNCF's own default of `subset_size`."""
@@ -117,9 +116,6 @@ def _save(model: ov.Model, file: Path) -> None:
 
 
 def _nncf() -> Any:
-    try:
-        import nncf
-    except ImportError:
-        raise InputError("nncf", None, "is not installed; pip install 'paredown[test]'") from None
+    nncf = installed("nncf", "nncf")
     nncf.set_log_level(logging.ERROR)
     return nncf

@@ -15,25 +15,37 @@ REDUCED_LOSS = 1.0
 """AP that a peer's smaller input may cost on select."""
 
 
-def openvino_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:
-    """The base in float32 and bfloat16, and quantised by `nncf.quantize`.
+Reduced = dict[str, tuple[Bench, Path]]
+"""Bench and float32 file of the base at smaller inputs, by size as it is shown."""
 
-    `, bf16` says that what is not quantised runs in bfloat16. Where the search may choose a smaller input, so
-    may the peers, on the same images: bfloat16 at every size that loses no more than `REDUCED_LOSS`, NNCF at
-    the smallest of these.
+
+def openvino_peers(base: Path, reduced: Reduced) -> list[PeerModel]:
+    """The base in float32 and bfloat16, and in bfloat16 at smaller inputs.
+
+    Args:
+        base: the base's float32 file.
+        reduced: of `reduced_inputs`.
+    """
+    peers = [PeerModel("OpenVINO f32", base), PeerModel("OpenVINO bf16", base, hint="bf16")]
+    small = [PeerModel(f"OpenVINO bf16, {shown}", file, hint="bf16") for shown, (_, file) in reduced.items()]
+    return peers + small
+
+
+def quantised_at_sizes(bench: Bench, base: Path, directory: Path, reduced: Reduced) -> list[PeerModel]:
+    """The base quantised by `nncf.quantize`, at the study's input and at the smallest one.
+
+    `, bf16` says that what is not quantised runs in bfloat16.
 
     Args:
         bench: of the study, with OpenVINO as its target.
         base: the base's float32 file.
         directory: where other files go.
+        reduced: of `reduced_inputs`.
 
     Raises:
         InputError: NNCF is not installed.
     """
-    peers = [PeerModel("OpenVINO f32", base), PeerModel("OpenVINO bf16", base, hint="bf16")]
-    peers += quantised_peers(bench, base, directory)
-    reduced = _reduced(bench, base, directory)
-    peers += [PeerModel(f"OpenVINO bf16, {shown}", file, hint="bf16") for shown, (_, file) in reduced.items()]
+    peers = quantised_peers(bench, base, directory)
     if reduced:
         shown, (small, file) = min(reduced.items(), key=lambda item: _pixels(item[1][0]))
         small_ones = quantised_peers(small, file, file.parent)
@@ -41,11 +53,10 @@ def openvino_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel]
     return peers
 
 
-def _reduced(bench: Bench, base: Path, directory: Path) -> dict[str, tuple[Bench, Path]]:
+def reduced_inputs(bench: Bench, base: Path, directory: Path) -> Reduced:
     """The base at the smaller inputs that the space offers too, where it keeps its AP: as users reduce it.
 
-    Returns:
-        Bench and float32 file by size, of those that lose at most `REDUCED_LOSS` AP on select in bfloat16.
+    Those that lose at most `REDUCED_LOSS` AP on select in bfloat16.
     """
     if bench.sites.input is None:
         return {}

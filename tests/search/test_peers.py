@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,8 @@ def test_all_peers_find_what_the_base_finds(
     peers = peers_of(bench, base, tmp_path / "peers", say=lambda line: None)
     found, first = peers.models, next(iter(peers.models))
     assert first == "OpenVINO f32"
-    assert not peers.left_out
+    optional = {"Olive": "olive", "Sony MCT": "model_compression_toolkit"}
+    assert set(peers.left_out) == {name for name, package in optional.items() if find_spec(package) is None}
     assert {
         "OpenVINO bf16",
         "nncf MIXED, bf16",
@@ -97,7 +99,8 @@ def test_peers_that_fail_are_left_out_with_a_reason(
     found = [PeerModel("OpenVINO f32", base), PeerModel("broken", broken)]
     monkeypatch.setattr(all_peers, "openvino_peers", lambda *_: found)
     monkeypatch.setattr(all_peers, "pruned_peers", fails)
-    for name in ("accuracy_controlled", "onnxruntime_peers"):
+    others = ("accuracy_controlled", "onnxruntime_peers", "olive_peers", "mct_peers", "quantised_at_sizes")
+    for name in others:
         monkeypatch.setattr(all_peers, name, lambda *_: [])
     lines: list[str] = []
     peers = peers_of(bench, base, tmp_path / "peers", say=lines.append)
@@ -111,8 +114,9 @@ def test_a_size_that_costs_too_much_is_no_peer(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(openvino_peers, "REDUCED_LOSS", -100.0)
-    monkeypatch.setattr(openvino_peers, "quantised_peers", lambda *_: [])
-    found = openvino_peers.openvino_peers(bench, bench.base_model(tmp_path / "base"), tmp_path / "peers")
+    base = bench.base_model(tmp_path / "base")
+    assert openvino_peers.reduced_inputs(bench, base, tmp_path / "peers") == {}
+    found = openvino_peers.openvino_peers(base, {})
     assert [peer.name for peer in found] == ["OpenVINO f32", "OpenVINO bf16"]
 
 
