@@ -15,8 +15,9 @@ from search.peers.models import PeerModel
 from search.peers.nncf_peers import accuracy_controlled
 from search.peers.olive_peers import olive_peers
 from search.peers.onnxruntime_peers import onnxruntime_peers
-from search.peers.openvino_peers import openvino_peers, quantised_at_sizes, reduced_inputs
+from search.peers.openvino_peers import openvino_peers, quantised_at_sizes
 from search.peers.pruning_peers import pruned_peers
+from search.peers.reduced import reduced_inputs
 from spaces.errors import InputError
 
 
@@ -71,22 +72,27 @@ def peers_of(
 def _families(
     bench: Bench, base: Path, directory: Path, slow: bool
 ) -> dict[str, Callable[[], list[PeerModel]]]:
-    by_onnxruntime = partial(onnxruntime_peers, bench, base, directory)
+    hint = "bf16" if bench.config.target == "openvino" else "f32"
+    reduced = cache(partial(reduced_inputs, bench, base, directory, hint))
     by_olive = partial(olive_peers, bench, base, directory)
     match bench.config.target:
         case "onnxruntime":
-            return {"onnxruntime.quantization": by_onnxruntime, "Olive": by_olive}
+            return {
+                "smaller inputs, onnxruntime.quantization": lambda: onnxruntime_peers(
+                    bench, base, directory, reduced()
+                ),
+                "Olive": by_olive,
+            }
         case "openvino":
             patient: dict[str, Callable[[], list[PeerModel]]] = {
                 "nncf.quantize_with_accuracy_control": partial(accuracy_controlled, bench, base, directory),
                 "torch-pruning, trained as candidates are": partial(pruned_peers, bench, directory),
             }
-            reduced = cache(partial(reduced_inputs, bench, base, directory))
             return {
                 "precisions, smaller inputs": lambda: openvino_peers(base, reduced()),
                 "nncf.quantize": lambda: quantised_at_sizes(bench, base, directory, reduced()),
                 **(patient if slow else {}),
-                "onnxruntime.quantization": lambda: by_onnxruntime()[1:],
+                "onnxruntime.quantization": lambda: onnxruntime_peers(bench, base, directory, {})[1:],
                 "Olive": by_olive,
                 "Sony MCT": partial(mct_peers, bench, directory),
             }

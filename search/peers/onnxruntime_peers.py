@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,22 +15,35 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from evaluators.bench import Bench
 from evaluators.graph import INPUT, SCOPE
 from search.peers.models import PeerModel
+from search.peers.reduced import Reduced, smallest
 
 CALIBRATION_IMAGES = 100
 
 
-def onnxruntime_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:
+def onnxruntime_peers(bench: Bench, base: Path, directory: Path, reduced: Reduced) -> list[PeerModel]:
     """The base in float32, then with Q/DQ around all of the network, and around its convolutions alone.
 
     Preprocessed first, scales by channel, minimum and maximum of the activations: what the page "Quantize
-    ONNX models" recommends for CPUs and convolutions.
+    ONNX models" recommends for CPUs and convolutions. Float32 at all smaller inputs, Q/DQ at the smallest.
 
     Args:
         bench: of the study.
         base: the base's float32 file.
         directory: where the quantised files go.
+        reduced: of `reduced_inputs`.
     """
-    peers = [PeerModel("ONNX Runtime f32", base, "onnxruntime")]
+    peers = [PeerModel("ONNX Runtime f32", base, "onnxruntime"), *_quantised(bench, base, directory)]
+    for shown, (_, file) in reduced.items():
+        peers.append(PeerModel(f"ONNX Runtime f32, {shown}", file, "onnxruntime"))
+    if reduced:
+        shown, (small, file) = smallest(reduced)
+        small_ones = _quantised(small, file, file.parent)
+        peers += [replace(peer, name=f"{peer.name}, {shown}") for peer in small_ones]
+    return peers
+
+
+def _quantised(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:
+    peers = []
     for name, kinds in (("ONNX Runtime QDQ", None), ("ONNX Runtime QDQ, conv only", ["Conv"])):
         file = directory / f"{name.replace(' ', '_').replace(',', '')}.onnx"
         if not file.exists():

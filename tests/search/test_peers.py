@@ -17,7 +17,7 @@ from evaluators.finetune import FineTunePlan
 from evaluators.quiet import QuietSlot
 from evaluators.targets.openvino_cpu import engine
 from search.comparison import Compared, compare, fastest_peer
-from search.peers import all_peers, nncf_peers, onnxruntime_peers, openvino_peers, pruning_peers
+from search.peers import all_peers, nncf_peers, onnxruntime_peers, openvino_peers, pruning_peers, reduced
 from search.peers.all_peers import peers_of
 from search.peers.models import PeerModel
 from spaces.errors import InputError
@@ -55,7 +55,7 @@ def test_all_peers_find_what_the_base_finds(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pruning_peers, "RATIOS", (0.5,))
-    monkeypatch.setattr(openvino_peers, "REDUCED_LOSS", 30.0)
+    monkeypatch.setattr(reduced, "REDUCED_LOSS", 30.0)
     base = bench.base_model(tmp_path / "base")
     peers = peers_of(bench, base, tmp_path / "peers", say=lambda line: None)
     found, first = peers.models, next(iter(peers.models))
@@ -113,9 +113,9 @@ def test_peers_that_fail_are_left_out_with_a_reason(
 def test_a_size_that_costs_too_much_is_no_peer(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(openvino_peers, "REDUCED_LOSS", -100.0)
+    monkeypatch.setattr(reduced, "REDUCED_LOSS", -100.0)
     base = bench.base_model(tmp_path / "base")
-    assert openvino_peers.reduced_inputs(bench, base, tmp_path / "peers") == {}
+    assert reduced.reduced_inputs(bench, base, tmp_path / "peers", "bf16") == {}
     found = openvino_peers.openvino_peers(base, {})
     assert [peer.name for peer in found] == ["OpenVINO f32", "OpenVINO bf16"]
 
@@ -129,12 +129,20 @@ def test_accuracy_control_sees_select(bench: Bench, tmp_path: Path) -> None:
     assert nncf_peers._average_precision(bench, compiled) == pytest.approx(figures["map"])
 
 
-def test_peers_of_onnx_runtime_are_its_own(bench: Bench, tmp_path: Path) -> None:
+def test_peers_of_onnx_runtime_are_its_own(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reduced, "REDUCED_LOSS", 30.0)
     config = bench.config.model_copy(update={"target": "onnxruntime"})
     other = Bench(config, bench.slot)
     base = other.base_model(tmp_path / "base")
     found = peers_of(other, base, tmp_path / "peers", say=lambda line: None)
-    assert list(found.models) == ["ONNX Runtime f32", "ONNX Runtime QDQ", "ONNX Runtime QDQ, conv only"]
+    names = list(found.models)
+    assert names[:3] == ["ONNX Runtime f32", "ONNX Runtime QDQ", "ONNX Runtime QDQ, conv only"]
+    plain = "ONNX Runtime f32, "
+    sizes = [name.removeprefix(plain) for name in names if name.startswith(plain)]
+    small = min(sizes, key=lambda shown: math.prod(map(int, shown.split("x"))))
+    assert f"ONNX Runtime QDQ, conv only, {small}" in names
     torch_bench = Bench(bench.config.model_copy(update={"target": "torch"}), bench.slot)
     with pytest.raises(InputError, match="have peers"):
         peers_of(torch_bench, tmp_path / "model.pt2", tmp_path)
