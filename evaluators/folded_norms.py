@@ -55,8 +55,7 @@ class _Pair:
         assert self.weight.grad is not None
         gradient, weight = self.weight.grad.float(), self.convolution.weight
         gains: Tensor = torch.linalg.vecdot(gradient.flatten(1), weight.detach().flatten(1))
-        if weight.requires_grad:
-            weight.grad = gradient.mul_(_by_output(gain))
+        _give(weight, gradient.mul_(_by_output(gain)))
         return gains
 
 
@@ -238,5 +237,6 @@ def _gradient(leaf: Tensor) -> Tensor:
 
 
 def _give(parameter: Tensor | None, gradient: Tensor) -> None:
+    """Add to what a parameter has, which it may be used for elsewhere."""
     if parameter is not None and parameter.requires_grad:
-        parameter.grad = gradient
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

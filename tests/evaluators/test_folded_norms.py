@@ -112,6 +112,14 @@ def test_frozen_parameters_get_no_gradient_and_weights_may_change_in_between(blo
     same(found, gradients(plain))
 
 
+def test_parameters_that_serve_elsewhere_get_both_gradients(blocks: Blocks) -> None:
+    plain, folded = copy.deepcopy(blocks), FoldedNorms(blocks, IMAGE)
+    (plain(IMAGE)[0].square().sum() + plain.first.weight.sum() + plain.first_norm.bias.sum()).backward()
+    (folded(IMAGE)[0].square().sum() + blocks.first.weight.sum() + blocks.first_norm.bias.sum()).backward()
+    folded.hand_on()
+    same(gradients(blocks), gradients(plain))
+
+
 def test_without_a_norm_it_is_the_network() -> None:
     layer = nn.Sequential(nn.Conv2d(3, 4, 1))
     folded = FoldedNorms(layer, IMAGE)
