@@ -57,8 +57,9 @@ def replay_search(
     import optuna
 
     from evaluators.signature import machine_signature
+    from search.benchmarks.contenders import CONTENDERS
     from search.benchmarks.recorded import read_recorded
-    from search.benchmarks.replay import CONTENDERS, compare
+    from search.benchmarks.replay import compare
     from search.benchmarks.replay_report import write_replay
     from spaces.errors import InputError
 

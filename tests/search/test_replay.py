@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from evaluators.latency_model import fit_latency
+from search.benchmarks.contenders import CONTENDERS, Known
 from search.benchmarks.recorded import Recorded, decoded, encoded, read_recorded
-from search.benchmarks.replay import CONTENDERS, Known, Outcome, compare, replay
+from search.benchmarks.replay import Outcome, compare, replay
 from search.benchmarks.replay_report import write_replay
 from search.benchmarks.surrogate import Surrogate
 from search.knowledge import LatencyLearner
@@ -146,3 +147,13 @@ def test_the_toy_table_is_made_anew(recorded: Recorded, made_up: MadeUp) -> None
     options = recorded.options
     fitted = fit_latency(table, options, np.array(recorded.ratio))
     assert np.allclose(fitted.predict(options), recorded.ratio, rtol=0.05)
+
+
+def test_rays_own_search_asks_in_the_same_space(surrogate: Surrogate, made_up: MadeUp) -> None:
+    known = Known(made_up.table, made_up.damage, lambda _: None, trials=10)  # type: ignore[arg-type]
+    asked, volumes = replay(CONTENDERS["ray OptunaSearch"], known, surrogate, 10, seed=3)
+    assert not asked[0].any(), "the base comes first"
+    assert len({tuple(row) for row in asked}) > 5
+    assert volumes[-1] > 0
+    again, _ = replay(CONTENDERS["ray OptunaSearch"], known, surrogate, 10, seed=3)
+    assert [row.tolist() for row in again] == [row.tolist() for row in asked]
