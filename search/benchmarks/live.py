@@ -101,8 +101,8 @@ def write_courses(file: Path, courses: Sequence[Course], facts: Mapping[str, Any
         rows.append([course.name, *by_time, *by_trials, course.stopped, f"{course.minutes[-1]:.1f}"])
     lines = [
         "Hypervolume of the front on select, up to 15 AP below the base and the base's latency, where 1 is a "
-        "front that loses nothing and takes no time. Minutes count from the beginning of the base's trial; what "
-        "is measured before the first candidate is in them. The first columns are after equal time, the next "
+        "front that loses nothing and takes no time. Minutes count from the beginning of the base's trial, "
+        "with what is measured before the first candidate. The first columns are after equal time, the next "
         "after equally many trials.",
         "",
         *table(head, rows),
