@@ -9,6 +9,8 @@ from evaluators.latency_model import LatencyModel
 from search.solver import at_damages, damage_path
 from spaces.table import SpaceTable
 
+WHOLE_BITS = 8.0
+"""Fewer would have to be trained."""
 SHARE = 0.3
 MOST = 6
 """Share of the trials that the seeds may take, and their largest number: they show what a unit of damage
@@ -18,10 +20,12 @@ costs on this detector, and with that known the sampler's own solutions are bett
 def seed_recipes(
     table: SpaceTable, damage: NDArray[np.float64], model: LatencyModel, trials: int
 ) -> list[NDArray[np.int64]]:
-    """Recipes `(P,)` spaced evenly by the logarithm of their damage, the mildest first.
+    """Every whole bit-width first, then recipes `(P,)` spaced evenly by the logarithm of their damage.
 
-    The mildest is allowed what bfloat16 in all layers does, where the target has it: that is free in
-    practice. The strongest has an eighth of the largest damage, beyond which nothing is left.
+    All layers at one width is what other tools make of a network, and needs no training: a front should not
+    lie behind it because the models of damage and latency were wrong about it. Of the solutions, the mildest
+    is allowed what bfloat16 in all layers does, where the target has it: that is free in practice. The
+    strongest has an eighth of the largest damage, beyond which nothing is left.
 
     Args:
         table: of the space.
@@ -29,13 +33,21 @@ def seed_recipes(
         model: of latency, fitted on probes.
         trials: of the whole study.
     """
+    uniform = [row for row in uniform_starts(table)[1:] if narrowest(table, row) >= WHOLE_BITS]
     path = damage_path(damage, model, uniform_starts(table))
     if not path:
-        return []
+        return uniform
     count = min(max(3, round(SHARE * trials)), MOST)
     low = max(path[0].damage, _bfloat16_damage(table, damage), 1e-3 * path[-1].damage)
     wanted = low * np.geomspace(1.0, max(path[-1].damage / low / 8, 2.0), count)
-    return [point.options for point in at_damages(path, wanted)]
+    solved = [point.options for point in at_damages(path, wanted)]
+    return uniform + [row for row in solved if not any(np.array_equal(row, one) for one in uniform)]
+
+
+def narrowest(table: SpaceTable, options: NDArray[np.int64]) -> float:
+    """The fewest bits that a recipe `(P,)` stores weights in."""
+    chosen = zip(table.space.parameters.values(), options, strict=True)
+    return min((float(p.values[k]) for p, k in chosen if p.kind == "quantize"), default=32.0)
 
 
 def _bfloat16_damage(table: SpaceTable, damage: NDArray[np.float64]) -> float:

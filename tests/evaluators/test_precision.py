@@ -237,4 +237,6 @@ def test_the_hint_is_used_where_no_layer_is_wide() -> None:
     bits = {layer: (16, 8)[k % 2] for k, layer in enumerate(layers())}
     graph = example_graph(Postprocess())
     assert OpenVino().lower(graph, bits, ranges()).hint == "bf16"
-    assert OpenVino().lower(graph, dict.fromkeys(layers(), 16), ranges()).hint == "f32"
+    assert OpenVino().lower(graph, dict.fromkeys(layers(), 16), ranges()).hint == "bf16"
+    mixed = {layer: (16, 32)[k % 2] for k, layer in enumerate(layers())}
+    assert OpenVino().lower(graph, mixed, ranges()).hint == "f32"

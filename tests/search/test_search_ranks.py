@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.seeds import seed_recipes
+from search.seeds import seed_recipes, uniform_starts
 from search.sensitivity import damage_table, single_changes
 from search.solver import damage_path
 from search.strategy import probe_recipes
@@ -65,8 +65,10 @@ def test_seeds_use_ranks_where_they_cost_little(problem: MadeUp) -> None:
     ranks = np.array([name.startswith("rank ") for name in problem.table.names])
     damage = problem.damage * np.where(ranks, 0.01, 1.0)[:, None]
     seeds = seed_recipes(problem.table, damage, problem.model, 20)
-    assert seeds
-    assert all(options[ranks].any() for options in seeds)
+    uniform = uniform_starts(problem.table)[1:]
+    assert len(seeds) > len(uniform) > 0
+    assert all((one == other).all() for one, other in zip(seeds, uniform, strict=False))
+    assert all(options[ranks].any() for options in seeds[len(uniform) :])
 
 
 @pytest.mark.parametrize("seed", range(3))

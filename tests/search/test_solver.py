@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from evaluators.latency_model import LatencyModel, features
-from search.seeds import uniform_starts
+from search.seeds import narrowest, uniform_starts
 from search.solver import PathPoint, at_damages, damage_path
 from spaces.table import SpaceTable
 from tests.search.toy_space import resizing_table, toy_table
@@ -135,3 +135,10 @@ def test_at_damages_takes_the_last_point_within() -> None:
     points = [PathPoint(np.array([k]), float(k), 1 / (k + 1)) for k in range(5)]
     chosen = at_damages(points, np.array([0.5, 0.7, 2.0, 9.0]))
     assert [point.damage for point in chosen] == [0.0, 2.0, 4.0]
+
+
+def test_whole_widths_are_seeds_but_for_those_that_need_training() -> None:
+    table = toy_table()
+    rows = uniform_starts(table)[1:]
+    assert [narrowest(table, row) for row in rows] == [16.0, 8.0]
+    assert narrowest(table, np.zeros(len(table.names), np.int64)) == 32.0
