@@ -70,8 +70,8 @@ class OpenVino(OnnxTarget):
 
         Where no layer is in float32 the hint does the latter instead, and only then does the file depend on
         it: a Q/DQ pair between typed regions costs two casts, and what is no layer, such as activations that
-        are not fused, would go to float32 and back (all layers of SSDLite in bfloat16 take .71 of float32's
-        time by types, .65 by the hint).
+        are not fused, would go to float32 and back (all layers of SSDLite in bfloat16 take .68 of float32's
+        time by types, .66 by the hint).
         """
         narrow = {layer: ranges[layer] for layer, width in bits.items() if width <= 8}
         half = frozenset(layer for layer, width in bits.items() if width == 16)
