@@ -125,7 +125,7 @@ class _Stack:
 
     def take_gradients(self) -> Tensor:
         """Copy those of all members; their length."""
-        gradients = [_gradient(parameter).reshape(-1, *self._kernel) for parameter in self.members]
+        gradients = [gradient_of(parameter).reshape(-1, *self._kernel) for parameter in self.members]
         torch.cat(gradients, out=self._gradient)
         length: Tensor = torch.linalg.vector_norm(self._gradient)
         return length
@@ -191,6 +191,7 @@ def _means(values: Tensor, dim: int) -> Tensor:
     return total.div_(size)
 
 
-def _gradient(parameter: Tensor) -> Tensor:
+def gradient_of(parameter: Tensor) -> Tensor:
+    """What a backward pass left there."""
     assert parameter.grad is not None
     return parameter.grad

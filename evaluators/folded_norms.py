@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torchvision.ops import FrozenBatchNorm2d
 
+from evaluators.adafactor import gradient_of
 from evaluators.replay import tensors_in
 from spaces.detectors.base import Outputs
+from spaces.detectors.folding import FOLDABLE
 
-_NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 _Norm = nn.BatchNorm2d  # torchvision's frozen one has the same attributes
 
 
@@ -52,8 +52,7 @@ class _Pair:
 
     def gathered(self, gain: Tensor) -> Tensor:
         """Give the convolution's weight its gradient; returns the gain's share of it, `(O,)`."""
-        assert self.weight.grad is not None
-        gradient, weight = self.weight.grad.float(), self.convolution.weight
+        gradient, weight = gradient_of(self.weight).float(), self.convolution.weight
         gains: Tensor = torch.linalg.vecdot(gradient.flatten(1), weight.detach().flatten(1))
         _give(weight, gradient.mul_(_by_output(gain)))
         return gains
@@ -118,7 +117,7 @@ class FoldedNorms:
             return
         norms = self._channels if len(pairs) == len(self._pairs) else _Channels(pairs)
         gain = norms.gain
-        shifts = torch.cat([_gradient(pair.bias) for pair in pairs]).float()
+        shifts = torch.cat([gradient_of(pair.bias) for pair in pairs]).float()
         gains = torch.cat([pair.gathered(one) for pair, one in zip(pairs, norms.split(gain), strict=True)])
         gains += shifts * (norms.bias - norms.mean)
         gradients = [norms.split(one) for one in (gains * norms.inverse, shifts, shifts * gain)]
@@ -171,7 +170,7 @@ def _pairs(network: nn.Module, image: Tensor) -> list[tuple[tuple[str, str], nn.
     norms = {
         module: name
         for name, module in network.named_modules()
-        if isinstance(module, _NORMS) and type(module) in _NORMS and not module.training
+        if isinstance(module, FOLDABLE) and type(module) in FOLDABLE and not module.training
     }
     reads = _Reads()
     made: dict[nn.Conv2d, list[int]] = defaultdict(list)
@@ -229,11 +228,6 @@ def _identity(tensor: Tensor) -> Tensor:
 
 def _by_output(channels: Tensor) -> Tensor:
     return channels.view(-1, 1, 1, 1)
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    assert leaf.grad is not None
-    return leaf.grad
 
 
 def _give(parameter: Tensor | None, gradient: Tensor) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import FrozenBatchNorm2d
+
+from spaces.detectors.folding import FOLDABLE
 
 Key = tuple[int, int]
 """A tensor, and how often it was changed in place: an activation may write over what it reads."""
@@ -49,12 +50,11 @@ def norms_behind(
     A norm belongs to the layer whose output it reads, and is folded where `simplified` has another module,
     or none, in its place.
     """
-    kinds = (nn.BatchNorm2d, FrozenBatchNorm2d)
     there = dict(simplified.named_modules())
     folded = {
         norm: name
         for name, norm in network.named_modules()
-        if isinstance(norm, kinds) and not isinstance(there.get(name), kinds)
+        if isinstance(norm, FOLDABLE) and not isinstance(there.get(name), FOLDABLE)
     }
     readers: dict[Key, list[nn.Module]] = defaultdict(list)
     alive = []

@@ -33,8 +33,9 @@ def seed_recipes(
         model: of latency, fitted on probes.
         trials: of the whole study.
     """
-    uniform = [row for row in uniform_starts(table)[1:] if narrowest(table, row) >= WHOLE_BITS]
-    path = damage_path(damage, model, uniform_starts(table))
+    starts = uniform_starts(table)
+    uniform = [row for row in starts[1:] if narrowest(table, row) >= WHOLE_BITS]
+    path = damage_path(damage, model, starts)
     if not path:
         return uniform
     count = min(max(3, round(SHARE * trials)), MOST)

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from evaluators.ranking import hypervolume
-from search.benchmarks.replay import CORNER_LOSS
+from search.benchmarks.recorded import require_one_problem
+from search.benchmarks.replay import normalised_volume
 from search.benchmarks.reports import table, write
 from search.judge import base_evaluation
+from search.knowledge import figures_of
 from search.study import SearchStudy
-from search.trials import counts, evaluation_of
+from search.trials import counts, is_stopped
 from spaces.errors import InputError
 
 SHARES = (0.25, 0.5, 0.75, 1.0)
@@ -56,17 +57,14 @@ def course_of(study: SearchStudy) -> Course:
     trials = [trial for trial in study.optuna.get_trials(deepcopy=False) if counts(trial)]
     began = min(trial.datetime_start for trial in trials if trial.datetime_start is not None)
     ended = sorted((t for t in trials if t.datetime_complete is not None), key=_end)
-    points, minutes, volumes, stopped = [], [], [], 0
+    points, volumes = [], []
     for trial in ended:
-        found = evaluation_of(trial)
-        if found is not None and found.status == "ok" and trial.values is not None:
-            loss = base.metrics["map"].value - found.metrics["map"].value
-            points.append((loss, found.metrics["latency_ratio"].value))
-        else:
-            stopped += 1
-        minutes.append((_end(trial) - began).total_seconds() / 60)
-        volumes.append(hypervolume(points, (CORNER_LOSS, 1.0)) / CORNER_LOSS)
-    return Course(study.name, tuple(minutes), tuple(volumes), stopped)
+        figures = figures_of(trial)
+        if figures is not None:
+            points.append((base.metrics["map"].value - figures[0], figures[1]))
+        volumes.append(normalised_volume(points))
+    minutes = tuple((_end(trial) - began).total_seconds() / 60 for trial in ended)
+    return Course(study.name, minutes, tuple(volumes), sum(map(is_stopped, ended)))
 
 
 def courses_of(studies: Sequence[SearchStudy]) -> list[Course]:
@@ -75,11 +73,7 @@ def courses_of(studies: Sequence[SearchStudy]) -> list[Course]:
     Raises:
         InputError: a study was made under other conditions than the first, or has no base.
     """
-    first = studies[0]
-    for study in studies[1:]:
-        different = sorted(k for k, v in first.fingerprint.items() if study.fingerprint.get(k) != v)
-        if different:
-            raise InputError("study", study.name, f"differs from {first.name} in {', '.join(different)}")
+    require_one_problem(studies)
     return [course_of(study) for study in studies]
 
 

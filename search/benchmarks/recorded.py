@@ -117,12 +117,10 @@ def gathered(bench: Bench, studies: Sequence[SearchStudy]) -> Recorded:
     Raises:
         InputError: a study was made under other conditions than the first, or none has sensitivities.
     """
+    require_one_problem(studies)
     table, first = SpaceTable(bench.space), studies[0]
     rows: dict[str, tuple[str, float, float]] = {}
     for study in studies:
-        different = sorted(k for k, v in first.fingerprint.items() if study.fingerprint.get(k) != v)
-        if different:
-            raise InputError("study", study.name, f"differs from {first.name} in {', '.join(different)}")
         found = finished_trials(table, study.optuna.get_trials(deepcopy=False))
         for code, ap, ratio in zip(encoded(found.options), found.map, found.ratio, strict=True):
             rows.setdefault(code, (study.name, float(ap), float(ratio)))
@@ -152,6 +150,15 @@ def gathered(bench: Bench, studies: Sequence[SearchStudy]) -> Recorded:
         probes=tuple(encoded(probes)),
         probe_ratio=tuple(round(float(ratio), 5) for ratio in probe_ratios),
     )
+
+
+def require_one_problem(studies: Sequence[SearchStudy]) -> None:
+    """Raises InputError where a study was made under other conditions than the first."""
+    first = studies[0]
+    for study in studies[1:]:
+        different = sorted(k for k, v in first.fingerprint.items() if study.fingerprint.get(k) != v)
+        if different:
+            raise InputError("study", study.name, f"differs from {first.name} in {', '.join(different)}")
 
 
 def encoded(options: Options) -> list[str]:

@@ -37,8 +37,13 @@ def replay(
         searcher.tell(quality, ratio)
         asked.append(options[0])
         points.append((surrogate.base_map - quality, ratio))
-        volumes.append(hypervolume(points, (CORNER_LOSS, 1.0)) / CORNER_LOSS)
+        volumes.append(normalised_volume(points))
     return asked, np.array(volumes)
+
+
+def normalised_volume(points: Sequence[tuple[float, float]]) -> float:
+    """Hypervolume of points (AP lost, latency over the base's); 1 for one that loses and takes nothing."""
+    return hypervolume(points, (CORNER_LOSS, 1.0)) / CORNER_LOSS
 
 
 @dataclass(frozen=True)

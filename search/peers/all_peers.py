@@ -51,7 +51,7 @@ def peers_of(
         say: takes a line at a time.
 
     Raises:
-        InputError: the target has no peers.
+        InputError: the target has no peers, or the base does not run, which all are compared with.
     """
     peers = Peers()
     for family, make in _families(bench, base, directory, slow).items():
@@ -64,6 +64,9 @@ def peers_of(
                 peers.left_out[peer.name] = _reason(error)
             else:
                 peers.models[peer.name] = session, peer.model
+    first = next(iter(peers.models.values()), None)
+    if first is None or first[1] != base:
+        raise InputError("model", str(base), f"does not run: {'; '.join(peers.left_out.values())}")
     for name, reason in peers.left_out.items():
         say(f"left out: {name}: {reason}")
     return peers

@@ -11,6 +11,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from spaces.lowrank import Factors
 
+FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d)
+"""Norms that `fold` takes."""
+
 
 def folded(network: nn.Module) -> nn.Module:
     """A copy in evaluation mode with BatchNorm folded by `fold_norms`."""
@@ -29,10 +32,7 @@ def fold_norms(network: nn.Module) -> None:
         if isinstance(module, Factors):
             continue
         for (name, layer), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
-            if (
-                isinstance(norm, nn.BatchNorm2d | FrozenBatchNorm2d)
-                and _produced(layer) == _channels(norm) > 0
-            ):
+            if isinstance(norm, FOLDABLE) and _produced(layer) == _channels(norm) > 0:
                 module.register_module(name, fold(layer, norm))
                 module.register_module(norm_name, nn.Identity())
 
