@@ -6,6 +6,7 @@ import fcntl
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -17,11 +18,11 @@ from typing import Any
 from search.workers import Pool
 from spaces.errors import InputError
 
-# Ray reads these when it is imported, so they cannot be scoped. What the user has set wins.
+# Ray reads it when it is imported, so it cannot be scoped. What the user has set wins.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed")  # we report it ourselves
 
 import ray
+from ray._private import ray_logging
 
 _PREFIX = "paredown-ray-"
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; jobs and reports are a few kilobytes
@@ -43,14 +44,29 @@ def running_ray(pool: Pool) -> Iterator[Path]:
         if ray.is_initialized():
             yield scratch
         elif pool.address is not None:
-            with _joined(pool, pool.address):
+            with _silent_on_deaths(), _joined(pool, pool.address):
                 yield scratch
         else:
-            with _local(pool, scratch):
+            with _silent_on_deaths(), _local(pool, scratch):
                 yield scratch
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         os.close(lock)
+
+
+@contextmanager
+def _silent_on_deaths() -> Iterator[None]:
+    """Keep Ray from printing that a worker died: we report it ourselves.
+
+    Ray has a variable for it, which it reads when it is imported, and others may have imported it before.
+    """
+    printing = ray_logging.stdout_deduplicator
+    before = printing.skip_re
+    printing.skip_re = before or re.compile("A worker died or was killed")
+    try:
+        yield
+    finally:
+        printing.skip_re = before
 
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
