@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spaces.apply import apply, same_state
+from spaces.candidates import best_boxes, best_pairs
 from spaces.detectors.base import Detector, Labels, Outputs
 from spaces.layers import is_layer, trace_layers
 from spaces.recipe import Prune, Recipe
@@ -141,6 +142,17 @@ class DetectorContract:
         assert bool((boxes[..., 2:] >= boxes[..., :2]).all())
         assert bool(((scores >= 0) & (scores <= 1)).all())
         assert float(scores.max() - scores.min()) > 0.1
+
+    @pytest.mark.parametrize("limit", [1, 7, 10**6])
+    def test_own_candidates_are_the_best_of_what_decode_gives(self, detector: Detector, limit: int) -> None:
+        own = getattr(detector, "candidates", None)
+        if own is None:
+            return  # nothing is promised
+        outputs = outputs_of(lively_network(detector), noise(detector, 1))
+        boxes, scores = detector.decode(outputs)
+        best = best_pairs if getattr(detector, "multi_label", False) else best_boxes
+        for ours, plain in zip(own(outputs, limit), best(boxes[0], scores[0], limit), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
 
     def test_output_layers_are_layers(self, detector: Detector) -> None:
         network = detector.build()

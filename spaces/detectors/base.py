@@ -70,13 +70,16 @@ class Detector(Protocol):
     Networks are plain modules: `network(images)` takes `(N, 3, H, W)` float32 and returns raw head
     outputs, a tuple of tensors with N first, the same in training and evaluation mode, traceable.
 
-    Four more attributes are looked for, and may be missing:
+    Five more attributes are looked for, and may be missing:
 
     - `multi_label: bool`, True where every pair of a box and a class may become a detection, as in
       torchvision's families; otherwise a box has one label, that of its best class. Boxes may then be
       `(N, A, C, 4)`, one for each class.
     - `postprocess: Postprocess`, what the family's scores ask for; `Postprocess()` where it is missing. A
       configuration's own wins.
+    - `candidates(outputs, limit) -> Candidates`, of the raw outputs of one image what `decode` and
+      `best_boxes` (`best_pairs` where it is `multi_label`; see `spaces.candidates`) would give, but faster:
+      by logits one can tell which boxes are best, and decode those alone.
     - `opaque_modules(network) -> Iterable[str]`, names of modules that keep height and width and whose
       channels stay, as no dependencies can be read from them: attention that is written with views.
     - `class_layers() -> Mapping[str, tuple[int, int]]`, the layers whose output channels are

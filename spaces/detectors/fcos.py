@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.detection import FCOS as TorchvisionFCOS
 from torchvision.models.detection import fcos_resnet50_fpn
 
+from spaces.candidates import Candidates, best_pairs, best_rows
 from spaces.detectors.base import Labels, Outputs, Postprocess
 from spaces.detectors.dense import DenseDetector, DenseVariant, divergence, resnet18_pyramid
 from spaces.detectors.torchvision_parts import targets_of
@@ -73,13 +74,23 @@ class Fcos(DenseDetector):
         those of images of `preprocess.size`: the cells are constants here.
         """
         logits, distances, centredness = outputs
-        cells = self._anchors.to(distances)
-        stride = cells[:, 2:] - cells[:, :2]
-        centre = cells[:, :2] + stride / 2
-        boxes = torch.cat(
-            (centre - distances[..., :2] * stride, centre + distances[..., 2:] * stride), dim=-1
-        )
+        boxes = _boxes(self._anchors.to(distances), distances)
         return boxes, (logits[..., 1:].sigmoid() * centredness.sigmoid()).sqrt()
+
+    def candidates(self, outputs: Outputs, limit: int) -> Candidates:
+        """The best pairs of a box and a class of one image; see `Detector`."""
+        logits, distances, centredness = (output.squeeze(0) for output in outputs)
+        middle = centredness.sigmoid()
+        rows = best_rows(logits[:, 1:].amax(dim=1).sigmoid() * middle[:, 0], limit)
+        boxes = _boxes(self._anchors.to(distances)[rows], distances[rows])
+        return best_pairs(boxes, (logits[rows][:, 1:].sigmoid() * middle[rows]).sqrt(), limit)
+
+
+def _boxes(cells: Tensor, distances: Tensor) -> Tensor:
+    """Boxes `(..., A, 4)` xyxy in pixels at distances, in strides, from the centres of cells `(A, 4)`."""
+    stride = cells[:, 2:] - cells[:, :2]
+    centre = cells[:, :2] + stride / 2
+    return torch.cat((centre - distances[..., :2] * stride, centre + distances[..., 2:] * stride), dim=-1)
 
 
 def _resnet50(outputs: int) -> TorchvisionFCOS:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 
+from spaces.candidates import Candidates, best_pairs, best_rows
 from spaces.detectors.base import Labels, Outputs, Postprocess
 from spaces.detectors.dense import DenseDetector, DenseVariant, divergence, resnet18_pyramid
 from spaces.detectors.faster_rcnn_network import decoded
@@ -62,6 +63,13 @@ class RetinaNet(DenseDetector):
         """
         logits, deltas = outputs
         return decoded(deltas, self._anchors.to(deltas)), logits[..., 1:].sigmoid()
+
+    def candidates(self, outputs: Outputs, limit: int) -> Candidates:
+        """The best pairs of a box and a class of one image; see `Detector`."""
+        logits, deltas = (output.squeeze(0) for output in outputs)
+        rows = best_rows(logits[:, 1:].amax(dim=1), limit)
+        boxes = decoded(deltas[rows], self._anchors.to(deltas)[rows])
+        return best_pairs(boxes, logits[rows][:, 1:].sigmoid(), limit)
 
 
 def _resnet50(outputs: int) -> TorchvisionRetinaNet:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from spaces.candidates import Candidates, best_pairs, best_rows
 from spaces.detectors.base import Labels, Outputs, Postprocess, Preprocess
 from spaces.detectors.folding import folded
 from spaces.detectors.ultralytics_loss import UltralyticsLoss, distillation, joined
@@ -115,15 +116,31 @@ class UltralyticsYolo:
         `preprocess.size`: the cells' places are constants here, which keeps the exported graph small.
         """
         sides, logits, _ = joined(outputs)
+        return self._boxes(sides.transpose(1, 2), slice(None)), logits.sigmoid().transpose(1, 2)
+
+    def candidates(self, outputs: Outputs, limit: int) -> Candidates:
+        """The best pairs of a box and a class of one image; see `Detector`.
+
+        Cells are rows from the start: engines lay out results of convolutions like that, and take rows fast.
+        """
+        levels = len(outputs) // 2
+        sides, logits = (
+            torch.cat([level.permute(0, 2, 3, 1).reshape(-1, level.shape[1]) for level in part])
+            for part in (outputs[:levels], outputs[levels:])
+        )
+        rows = best_rows(logits.amax(dim=1), limit)
+        return best_pairs(self._boxes(sides[rows], rows), logits[rows].sigmoid(), limit)
+
+    def _boxes(self, sides: Tensor, rows: Tensor | slice) -> Tensor:
+        """Boxes `(..., K, 4)` xyxy in pixels of sides `(..., K, 4 * bins)` of some of the cells."""
         bins = self.generation.bins
         if bins > 1:
-            chances = sides.reshape(-1, 4, bins, sides.shape[2]).softmax(dim=2)
-            sides = (chances * torch.arange(bins).to(sides)[:, None]).sum(dim=2)
-        strides, centres = self._strides.to(sides), self._centres.to(sides)
-        near = centres - strides * sides[:, :2]
-        far = centres + strides * sides[:, 2:]
-        boxes = torch.cat((near, torch.maximum(near, far)), dim=1)
-        return boxes.transpose(1, 2), logits.sigmoid().transpose(1, 2)
+            chances = sides.reshape(*sides.shape[:-1], 4, bins).softmax(dim=-1)
+            sides = (chances * torch.arange(bins).to(sides)).sum(dim=-1)
+        strides, centres = self._strides.to(sides)[rows, None], self._centres.to(sides).T[rows]
+        near = centres - strides * sides[..., :2]
+        far = centres + strides * sides[..., 2:]
+        return torch.cat((near, torch.maximum(near, far)), dim=-1)
 
     def simplified(self, network: nn.Module) -> nn.Module:
         """A copy in evaluation mode with BatchNorm folded."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from spaces.candidates import Candidates, best_rows
 from spaces.detectors import yolox_loss, yolox_network
 from spaces.detectors.base import Labels, Outputs, Preprocess
 from spaces.detectors.yolox_network import STRIDES, YoloXNetwork, cells
@@ -102,6 +103,23 @@ class YoloX:
         boxes = torch.cat((centre - half, centre + half), dim=1)
         scores = raw[:, 4:5].sigmoid() * raw[:, 5:].sigmoid()
         return boxes.transpose(1, 2), scores.transpose(1, 2)
+
+    def candidates(self, outputs: Outputs, limit: int) -> Candidates:
+        """The best cells of one image; see `Detector`.
+
+        The best class is that of the largest logit, so the others need no probability. Cells are rows at
+        first: engines lay out results of convolutions like that, and take rows fast.
+        """
+        width = 5 + self.num_classes
+        raw = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, width) for level in outputs])  # (A, 5 + C)
+        places, logits = raw[:, :5].T, raw[:, 5:]
+        scores = places[4].sigmoid() * logits.amax(dim=1).sigmoid()
+        rows = best_rows(scores, limit)
+        places, strides = places[:4, rows], self._strides.to(raw)[rows]
+        centre = places[:2] * strides + self._corners.to(raw)[:, rows]
+        half = torch.exp(places[2:]) * (strides / 2)
+        boxes = torch.cat((centre - half, centre + half)).T
+        return boxes, scores[rows], logits[rows].T.argmax(dim=0)
 
     def class_layers(self) -> dict[str, tuple[int, int]]:
         """The class predictors, without background; see `Detector`."""

@@ -193,7 +193,7 @@ def pairs(boxes: Tensor, scores: Tensor, **rules: float) -> tuple[Tensor, Tensor
         Scored(),  # type: ignore[arg-type]  # only what post-processing looks at
         post,
         CATEGORIES,
-    ).select(boxes, scores)
+    )((boxes[None], scores[None]))
     return found
 
 
