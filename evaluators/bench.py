@@ -37,7 +37,8 @@ from spaces.inputs import Size
 from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
 from spaces.methods.resize import Resizing
-from spaces.recipe import Prune, Recipe, Resize, identity
+from spaces.methods.topk import PreNmsTopK
+from spaces.recipe import Prune, Recipe, Resize, TopK, identity
 from spaces.sites import Sites, find_sites
 from spaces.space import MAX_PARAMETERS, SearchSpace, build_space
 
@@ -86,8 +87,10 @@ class Bench:
     @cached_property
     def sites(self) -> Sites:
         """Sites on the base graph; layers share bit-widths where the space would grow too large."""
-        resized = self.detector_at if Resizing.kind in self.config.space.methods else None
-        return find_sites(self.detector, self.base, MAX_PARAMETERS, resized)
+        methods = self.config.space.methods
+        resized = self.detector_at if Resizing.kind in methods else None
+        topk = self.postprocess.pre_nms_topk if PreNmsTopK.kind in methods else None
+        return find_sites(self.detector, self.base, MAX_PARAMETERS, resized, topk)
 
     @cached_property
     def space(self) -> SearchSpace:
@@ -252,7 +255,7 @@ class Bench:
         asked = by_part(network, integers_by_layer(recipe, self.sites))
         narrow = {layer: asked.get(layer, (8, 8)) for layer, width in widths.items() if width <= 8}
         widths |= {layer: self.capabilities.runs_at(widths[layer]) for layer in narrow}
-        whole, ranges = self.whole(network), {}
+        whole, ranges = self.whole(network, recipe), {}
         cluster_layers(whole.network, by_part(network, codebooks_by_layer(recipe, self.sites)))
         if learned:
             ranges = {layer: LayerRanges.from_plain(learned[layer]) for layer in narrow}
@@ -265,7 +268,7 @@ class Bench:
         card = ModelCard(
             detector=self.detector.name,
             preprocess=self.detector.preprocess,
-            postprocess=self.postprocess,
+            postprocess=whole.postprocess,
             categories=card_categories(self.categories),
             runtime=self.runtime(written.hint),
             recipe=recipe,
@@ -275,10 +278,12 @@ class Bench:
         card.write(directory)
         return written.model, card
 
-    def whole(self, network: nn.Module) -> WholeDetector:
-        """A network made ready for inference, with its decoding and suppression."""
-        simplified = self.detector.simplified(network)
-        return WholeDetector(simplified, self.detector, self.postprocess, self.categories).eval()
+    def whole(self, network: nn.Module, recipe: Recipe | None = None) -> WholeDetector:
+        """A network made ready for inference, with its decoding and a recipe's suppression."""
+        simplified, rules = self.detector.simplified(network), self.postprocess
+        for choice in recipe.of_kind(TopK).values() if recipe else ():
+            rules = rules.model_copy(update={"pre_nms_topk": min(choice.count, rules.pre_nms_topk)})
+        return WholeDetector(simplified, self.detector, rules, self.categories).eval()
 
     def runtime(self, hint: str) -> Runtime:
         """This study's engine, threads and settings, as a card says them."""

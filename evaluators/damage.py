@@ -12,14 +12,14 @@ from evaluators.bench import Bench
 from evaluators.calibration import LayerRanges, narrowed
 from evaluators.norms import measure_norms
 from evaluators.rounding import round_layer
+from evaluators.scored_damage import ScoredDamage
 from evaluators.signature import int8_weight_levels
-from evaluators.size_damage import SizeDamage
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
 from spaces.effects import bits_by_layer, codebooks_by_layer, integers_by_layer
 from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
-from spaces.recipe import Recipe, Resize
+from spaces.recipe import Recipe, told_by_ap
 
 IMAGES = 12
 
@@ -49,12 +49,14 @@ class Damage:
         look the largest. They are compared with the base treated likewise: what the few images themselves do
         to its statistics is larger than the damage of many a choice.
 
-        The damage of a smaller input, see `SizeDamage`, adds to that of the other choices.
+        What the AP alone tells, see `ScoredDamage`, adds to the damage of the other choices.
         """
         bench = self._bench
-        if recipe.of_kind(Resize):
-            others = tuple(choice for choice in recipe.choices if not isinstance(choice, Resize))
-            return self.of(recipe.model_copy(update={"choices": others})) + self._sizes.of(recipe)
+        scored = tuple(filter(told_by_ap, recipe.choices))
+        if scored:
+            others = tuple(choice for choice in recipe.choices if choice not in scored)
+            plain, shown = (recipe.model_copy(update={"choices": part}) for part in (others, scored))
+            return self.of(plain) + self._scored.of(shown)
         draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         network = self._repaired(draft.network) if draft.changed else draft.network
         widths = by_part(network, bits_by_layer(recipe, bench.sites))
@@ -77,8 +79,8 @@ class Damage:
             return float(bench.detector.distillation(network(self._images), wanted))
 
     @cached_property
-    def _sizes(self) -> SizeDamage:
-        return SizeDamage(self._bench)
+    def _scored(self) -> ScoredDamage:
+        return ScoredDamage(self._bench)
 
     def _repaired(self, network: nn.Module) -> nn.Module:
         measure_norms(network, [self._images])

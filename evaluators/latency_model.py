@@ -109,7 +109,8 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
     layers with a kernel gather before they multiply: of few channels and a large kernel, as a stem is, it
     takes longer than the multiplications. Where it may make the input smaller, pixels of the input. Then
     elements that cross from one bit-width to another (casts and Q/DQ); where the space lowers the number of
-    proposals, the share of them that is cut out of the pyramid; and 1.
+    proposals, the share of them that is cut out of the pyramid; where it lowers that of boxes that go into
+    suppression, their share; and 1.
     """
     before = np.roll(shapes.bits, 1, axis=1)
     before[:, 0] = shapes.bits[:, 0]
@@ -163,6 +164,8 @@ def _terms(
     yield read * ((shapes.bits != before) & ~eight)
     if table.proposes:
         yield table.crops[layers] * positions / base.positions[0, layers]
+    if table.shortens:
+        yield shapes.boxes
 
 
 def _filled(outputs: NDArray[np.float64]) -> NDArray[np.float64]:

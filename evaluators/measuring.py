@@ -70,7 +70,7 @@ class Measuring:
         if recipe.is_identity:
             yield clock.ended("export", "compare with torch")
             with bench.slot.computing():
-                require_parity(session, TorchSession(bench.whole(draft.network)), bench.timing_inputs)
+                require_parity(session, TorchSession(bench.whole(draft.network, recipe)), bench.timing_inputs)
             yield clock.ended("compare with torch", "score")
         else:
             yield clock.ended("export", "score")

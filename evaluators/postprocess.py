@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spaces.candidates import Candidates, best_boxes, best_pairs
+from spaces.best_boxes import BestBoxes, best_of_each_box, best_pairs
 from spaces.detectors.base import Category, Detector, Postprocess
 from spaces.suppression import suppress
 
@@ -44,16 +44,16 @@ class WholeDetector(nn.Module):
         corner = torch.tensor([width, height, width, height], dtype=torch.float32)
         self.register_buffer("far_corner", corner, persistent=False)
 
-    def forward(self, images: Tensor) -> Candidates:
+    def forward(self, images: Tensor) -> BestBoxes:
         outputs, limit = self.network(images), self.postprocess.pre_nms_topk
-        own = getattr(self.detector, "candidates", None)
+        own = getattr(self.detector, "best_boxes", None)
         if own is not None:
             return self.suppressed(*own(outputs, limit))
         boxes, scores = self.detector.decode(outputs)
-        best = best_pairs if getattr(self.detector, "multi_label", False) else best_boxes
+        best = best_pairs if getattr(self.detector, "multi_label", False) else best_of_each_box
         return self.suppressed(*best(boxes[0], scores[0], limit))
 
-    def suppressed(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> Candidates:
+    def suppressed(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> BestBoxes:
         """Final boxes, scores and labels out of candidates.
 
         Boxes are kept inside the image; a class moved by more than its side then overlaps no other class, so

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from evaluators.jobs import Job
 from search.study import SearchStudy
-from spaces.recipe import Recipe, Resize
+from spaces.recipe import Recipe, told_by_ap
 from spaces.space import SearchSpace, Value
 from spaces.table import Options, SpaceTable
 
@@ -100,15 +100,15 @@ def single_changes(space: SearchSpace) -> list[tuple[int, int, Recipe]]:
 
 
 def sensitivity_jobs(space: SearchSpace, chunks: int) -> list[Job]:
-    """The measurements in `chunks` jobs of about equal length, and one of all input sizes.
+    """The measurements in `chunks` jobs of about equal length, and one of all that the AP tells.
 
     Those share the most of what they cost: the base with noise on its weights, scored.
     """
-    changes = [(recipe.to_json(), bool(recipe.of_kind(Resize))) for _, _, recipe in single_changes(space)]
-    texts = [text for text, resized in changes if not resized]
-    parts = [[text for text, resized in changes if resized], *(texts[k::chunks] for k in range(chunks))]
+    changes = [(r.to_json(), any(map(told_by_ap, r.choices))) for _, _, r in single_changes(space)]
+    texts = [text for text, by_ap in changes if not by_ap]
+    parts = [[text for text, by_ap in changes if by_ap], *(texts[k::chunks] for k in range(chunks))]
     return [
-        Job(kind="damage", name=f"{JOB} {f'{k}/{chunks}' if k else 'of sizes'}", payload={"recipes": part})
+        Job(kind="damage", name=f"{JOB} {f'{k}/{chunks}' if k else 'by AP'}", payload={"recipes": part})
         for k, part in enumerate(parts)
         if part
     ]

@@ -16,7 +16,7 @@ from search.sensitivity import CHUNKS, JOB, Sensitivity, sensitivity_jobs, store
 from search.study import SearchStudy, differences_of
 from search.trials import JOB_PREFIX, recipe_of
 from spaces.errors import InputError
-from spaces.recipe import Recipe, Resize
+from spaces.recipe import Recipe, told_by_ap
 from spaces.space import SearchSpace
 from spaces.table import SpaceTable
 
@@ -109,8 +109,8 @@ def _same_damage(study: SearchStudy, source: SearchStudy, table: SpaceTable) -> 
     same_select = study.fingerprint.get(select) == source.fingerprint.get(select)
     for job in sensitivity_jobs(table.space, CHUNKS):
         recipes = [Recipe.from_json(text) for text in job.payload["recipes"]]
-        if not same_select and any(recipe.of_kind(Resize) for recipe in recipes):
-            continue  # what a size costs is told by the AP on select
+        if not same_select and any(told_by_ap(choice) for recipe in recipes for choice in recipe.choices):
+            continue  # by that on select
         keys = [recipe.key for recipe in recipes]
         if all(key in known for key in keys):
             result = {"damage": {key: known[key] for key in keys}, "taken from": source.name}

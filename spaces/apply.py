@@ -77,6 +77,7 @@ def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
         "codebooks": draft.codebooks,
         "size": draft.size,
         "proposals": draft.proposals,
+        "topk": draft.topk,
         "learned": draft.learned,
     }
     save_weights(draft.network, directory / STATE_FILE)
@@ -118,8 +119,8 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     bits = {name: (int(weight), int(activation)) for name, (weight, activation) in plan["bits"].items()}
     codebooks = {name: int(entries) for name, entries in plan.get("codebooks", {}).items()}
     size = tuple(plan["size"]) if plan.get("size") else None
-    learned = plan.get("learned", {})
-    draft = Draft(network, channels, bits, activations, dropped, factors, codebooks, size, proposals, learned)
+    draft = Draft(network, channels, bits, activations, dropped, factors, codebooks, size, proposals)
+    draft.topk, draft.learned = plan.get("topk"), plan.get("learned", {})
     return recipe, draft
 
 

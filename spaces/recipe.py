@@ -98,8 +98,16 @@ class Proposals(_Frozen):
     share: float = Field(gt=0.0, le=1.0, description="share of the base's number of proposals that is left")
 
 
-AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook | Resize | Proposals
-T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook, Resize, Proposals)
+class TopK(_Frozen):
+    """Let only the best so many boxes of an image into suppression; 0 leaves the study's number."""
+
+    kind: Literal["topk"] = "topk"
+    site: str = "suppression"
+    count: int = Field(default=0, ge=0)
+
+
+AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook | Resize | Proposals | TopK
+T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook, Resize, Proposals, TopK)
 Choice = Annotated[AnyChoice, Field(discriminator="kind")]
 
 
@@ -174,11 +182,18 @@ def is_identity(choice: AnyChoice) -> bool:
             return not choice.dropped
         case Resize():
             return choice.size == (0, 0)
+        case TopK():
+            return choice.count == 0
 
 
 def identity(detector: str) -> Recipe:
     """The recipe of the base model."""
     return Recipe(detector=detector)
+
+
+def told_by_ap(choice: AnyChoice) -> bool:
+    """True where raw outputs do not show what a choice costs: only the AP does."""
+    return isinstance(choice, Resize | TopK)
 
 
 def merged(recipe: Recipe, choices: Iterable[AnyChoice]) -> Recipe:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spaces.activations import ActivationSite, activation_sites
+from spaces.best_boxes import SuppressionSite, suppression_site
 from spaces.detectors.base import Detector
 from spaces.inputs import InputSite, Size, input_site
 from spaces.layers import LayerFacts, trace_layers
@@ -70,6 +71,7 @@ class Sites:
     """All sites of a detector by name, and the facts of its layers in order of execution.
 
     `input` is None where no other size of the input is on offer; see `spaces.inputs.input_site`.
+    `suppression` is None where the number of boxes is not.
     """
 
     channel: Mapping[str, ChannelSite]
@@ -79,6 +81,7 @@ class Sites:
     residual: Mapping[str, ResidualSite] = field(default_factory=dict)
     input: InputSite | None = None
     proposals: Mapping[str, ProposalSite] = field(default_factory=dict)
+    suppression: SuppressionSite | None = None
 
     def widths(self, kept: Mapping[str, int], dropped: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
         """Input and output channels of every layer when `kept` channels are left, by site (others: all).
@@ -105,6 +108,7 @@ def find_sites(
     network: nn.Module,
     max_sites: int | None = None,
     resized: Callable[[Size], Detector] | None = None,
+    topk: int | None = None,
 ) -> Sites:
     """Trace a base network and name its sites.
 
@@ -113,7 +117,7 @@ def find_sites(
     one layer each, a depthwise convolution joined to the layer that reads it; where that makes more than
     `max_sites` sites of both kinds, the layers of one parent module are joined. Activation sites are stages,
     residual sites single blocks, proposal sites second stages. Where `resized` makes the detector for another
-    size, its input is one, too.
+    size, its input is one, too; so is suppression, where `topk` boxes may go into it.
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
@@ -129,6 +133,7 @@ def find_sites(
         residual_sites(detector, network, facts),
         input_site(detector.preprocess.size, facts, network, resized) if resized else None,
         proposal_sites(network, facts),
+        suppression_site(detector, network, topk) if topk else None,
     )
 
 

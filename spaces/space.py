@@ -28,6 +28,7 @@ from spaces.recipe import (
     Quantize,
     Recipe,
     Resize,
+    TopK,
     is_identity,
 )
 from spaces.sites import Sites
@@ -43,6 +44,7 @@ LABELS = {
     "codebook": "codebook",
     "resize": "size",
     "proposals": "proposals",
+    "topk": "top-k",
 }
 JOINED = ("prune", "quantize", "factorize", "codebook")
 """Kinds that `granularity` joins; sites of the others are blocks, stages or the input as they are."""
@@ -316,3 +318,6 @@ def _value(choice: Choice, sites: Sites) -> Value:
             return shown_size(sites.input.size if is_identity(choice) else choice.size)
         case Proposals():
             return choice.share
+        case TopK():
+            assert sites.suppression is not None
+            return float(choice.count or sites.suppression.limit)

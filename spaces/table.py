@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spaces.activations import SAVED
 from spaces.methods.prune import kept_channels
 from spaces.ranks import Geometry, Part
-from spaces.recipe import Activate, Drop, Factorize, Proposals, Prune, Quantize, Resize, is_identity
+from spaces.recipe import Activate, Drop, Factorize, Proposals, Prune, Quantize, Resize, TopK, is_identity
 from spaces.space import SearchSpace, Value
 
 Options = NDArray[np.int64]
@@ -31,6 +31,7 @@ class Shapes:
         rank_in, rank_out: `(N, L)` channels behind the first factor of a factorised layer and before its
             last one; 0 where it is whole.
         positions, read: `(N, L)` height x width of what the layer produces and reads, of all proposals.
+        boxes: `(N, L)` share of the base's boxes that go into suppression, behind the last layer; else 0.
     """
 
     inputs: NDArray[np.float64]
@@ -42,6 +43,7 @@ class Shapes:
     rank_out: NDArray[np.float64]
     positions: NDArray[np.float64]
     read: NDArray[np.float64]
+    boxes: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class SpaceTable:
         self._dropped = np.zeros((len(self.names), most, layers))
         self._size = np.zeros((len(self.names), most), np.int64)
         self._fewer = np.zeros((len(self.names), most, layers))  # 1 - share of the proposals
+        self._passed_over = np.zeros((len(self.names), most, layers))  # 1 - share of the boxes
+        self._last = (np.arange(layers) == layers - 1).astype(float)
         self._costly = np.zeros(layers)
         for stage in sites.activation.values():
             self._costly[[place[layer] for layer in stage.layers]] = 1.0
@@ -134,13 +138,16 @@ class SpaceTable:
                             seen = sites.proposals[choice.site]
                             on_them = [place[layer] for layer in seen.layers]
                             self._fewer[p, o, on_them] = 1 - seen.kept(choice.share) / seen.count
+                        case TopK() if not is_identity(choice) and sites.suppression is not None:
+                            self._passed_over[p, o, -1] = 1 - choice.count / sites.suppression.limit
         self._sets_bits = (self._bits != 32).any(axis=1)
         # What adds up over parameters; a layer's rank is chosen by one parameter alone.
         self._summed = [self._lost_in, self._lost_out, self._low_rank, self._saved, self._dropped]
         self.proposes = bool(self._fewer.any())
         """True where the space may lower the number of proposals."""
-        if self.proposes:
-            self._summed.append(self._fewer)
+        self.shortens = bool(self._passed_over.any())
+        """True where the space may lower the number of boxes that go into suppression."""
+        self._summed += [self._fewer] * self.proposes + [self._passed_over] * self.shortens
         self.crops = np.zeros(layers)
         for seen in sites.proposals.values():
             self.crops[place[seen.layers[0]]] = 1.0
@@ -235,9 +242,13 @@ class SpaceTable:
         positions, read = (
             (v[size] if layers is None else v[size, layers]) for v in (self._positions, self._read)
         )
-        lost_in, lost_out, low_rank, saved, dropped, *fewer = summed
-        if fewer:
-            positions, read = positions * (1 - fewer[0]), read * (1 - fewer[0])
+        lost_in, lost_out, low_rank, saved, dropped, *rest = summed
+        if self.proposes:
+            fewer, *rest = rest
+            positions, read = positions * (1 - fewer), read * (1 - fewer)
+        boxes = np.broadcast_to(self._last[at], positions.shape)
+        if self.shortens:
+            boxes = boxes * (1 - rest[0])
         left = dropped < 0.5
         outputs = (self._base_out[at] - lost_out) * left
         inputs = np.where(self.depthwise[at], outputs, (self._base_in[at] - lost_in) * left)
@@ -250,7 +261,7 @@ class SpaceTable:
             factors = sum(part.macs for part in geometry.parts(inputs, outputs, rank_in, rank_out))
             macs = np.where(rank_in > 0, factors, macs)
         costly = np.maximum(self._costly[at] - saved, 0.0)
-        return Shapes(inputs, outputs, macs, bits, costly, rank_in, rank_out, positions, read)
+        return Shapes(inputs, outputs, macs, bits, costly, rank_in, rank_out, positions, read, boxes)
 
     def thin_parts(self, shapes: Shapes, layers: NDArray[np.int64] | slice) -> tuple[Part, ...]:
         """What factorised layers compute before their last factor; nothing where the space has none.

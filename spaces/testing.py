@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spaces.apply import apply, same_state
-from spaces.candidates import best_boxes, best_pairs
+from spaces.best_boxes import best_of_each_box, best_pairs
 from spaces.detectors.base import Detector, Labels, Outputs
 from spaces.layers import is_layer, trace_layers
 from spaces.recipe import Prune, Recipe
@@ -144,13 +144,13 @@ class DetectorContract:
         assert float(scores.max() - scores.min()) > 0.1
 
     @pytest.mark.parametrize("limit", [1, 7, 10**6])
-    def test_own_candidates_are_the_best_of_what_decode_gives(self, detector: Detector, limit: int) -> None:
-        own = getattr(detector, "candidates", None)
+    def test_its_own_best_boxes_are_those_of_decode(self, detector: Detector, limit: int) -> None:
+        own = getattr(detector, "best_boxes", None)
         if own is None:
             return  # nothing is promised
         outputs = outputs_of(lively_network(detector), noise(detector, 1))
         boxes, scores = detector.decode(outputs)
-        best = best_pairs if getattr(detector, "multi_label", False) else best_boxes
+        best = best_pairs if getattr(detector, "multi_label", False) else best_of_each_box
         for ours, plain in zip(own(outputs, limit), best(boxes[0], scores[0], limit), strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
 

@@ -16,6 +16,7 @@ from evaluators.bench import Bench
 from search.knowledge import finished_trials, measured_damage, probes_of
 from search.study import SearchStudy
 from spaces.capabilities import Capabilities
+from spaces.detectors.base import postprocess_of
 from spaces.detectors.registry import make_detector
 from spaces.errors import InputError
 from spaces.sites import find_sites
@@ -77,7 +78,8 @@ class Recorded(BaseModel):
         """
         detector = make_detector(self.detector, self.classes, self.size)
         resized = partial(make_detector, self.detector, self.classes) if "resize" in self.methods else None
-        sites = find_sites(detector, detector.build(), MAX_PARAMETERS, resized)
+        topk = postprocess_of(detector).pre_nms_topk if "topk" in self.methods else None
+        sites = find_sites(detector, detector.build(), MAX_PARAMETERS, resized, topk)
         capabilities = Capabilities(self.bit_widths, self.channel_granule)
         space = build_space(detector, sites, capabilities, self.methods, self.granularity)
         if {name: p.values for name, p in space.parameters.items()} != self.values:

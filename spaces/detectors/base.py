@@ -53,7 +53,10 @@ class Preprocess(BaseModel):
 
 
 class Postprocess(BaseModel):
-    """From scored boxes to detections; fixed for a study, the same for base, peers and candidates."""
+    """From scored boxes to detections; the same for base, peers and candidates of a study.
+
+    A recipe may lower `pre_nms_topk`, where the space has the method `topk`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -77,9 +80,9 @@ class Detector(Protocol):
       `(N, A, C, 4)`, one for each class.
     - `postprocess: Postprocess`, what the family's scores ask for; `Postprocess()` where it is missing. A
       configuration's own wins.
-    - `candidates(outputs, limit) -> Candidates`, of the raw outputs of one image what `decode` and
-      `best_boxes` (`best_pairs` where it is `multi_label`; see `spaces.candidates`) would give, but faster:
-      by logits one can tell which boxes are best, and decode those alone.
+    - `best_boxes(outputs, limit) -> BestBoxes`, of the raw outputs of one image what `decode` and
+      `best_of_each_box` (`best_pairs` where it is `multi_label`) of `spaces.best_boxes` would give, but
+      faster: logits tell which boxes are best, and those alone are decoded.
     - `opaque_modules(network) -> Iterable[str]`, names of modules that keep height and width and whose
       channels stay, as no dependencies can be read from them: attention that is written with views.
     - `class_layers() -> Mapping[str, tuple[int, int]]`, the layers whose output channels are

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.detection import FCOS as TorchvisionFCOS
 from torchvision.models.detection import fcos_resnet50_fpn
 
-from spaces.candidates import Candidates, best_pairs, best_rows
+from spaces.best_boxes import BestBoxes, best_pairs, best_rows
 from spaces.detectors.base import Labels, Outputs, Postprocess
 from spaces.detectors.dense import DenseDetector, DenseVariant, divergence, resnet18_pyramid
 from spaces.detectors.torchvision_parts import targets_of
@@ -77,7 +77,7 @@ class Fcos(DenseDetector):
         boxes = _boxes(self._anchors.to(distances), distances)
         return boxes, (logits[..., 1:].sigmoid() * centredness.sigmoid()).sqrt()
 
-    def candidates(self, outputs: Outputs, limit: int) -> Candidates:
+    def best_boxes(self, outputs: Outputs, limit: int) -> BestBoxes:
         """The best pairs of a box and a class of one image; see `Detector`."""
         logits, distances, centredness = (output.squeeze(0) for output in outputs)
         middle = centredness.sigmoid()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection import retinanet_resnet50_fpn, retinanet_resnet50_fpn_v2
 
-from spaces.candidates import Candidates, best_pairs, best_rows
+from spaces.best_boxes import BestBoxes, best_pairs, best_rows
 from spaces.detectors.base import Labels, Outputs, Postprocess
 from spaces.detectors.dense import DenseDetector, DenseVariant, divergence, resnet18_pyramid
 from spaces.detectors.faster_rcnn_network import decoded
@@ -64,7 +64,7 @@ class RetinaNet(DenseDetector):
         logits, deltas = outputs
         return decoded(deltas, self._anchors.to(deltas)), logits[..., 1:].sigmoid()
 
-    def candidates(self, outputs: Outputs, limit: int) -> Candidates:
+    def best_boxes(self, outputs: Outputs, limit: int) -> BestBoxes:
         """The best pairs of a box and a class of one image; see `Detector`."""
         logits, deltas = (output.squeeze(0) for output in outputs)
         rows = best_rows(logits[:, 1:].amax(dim=1), limit)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spaces.candidates import Candidates, best_pairs, best_rows
+from spaces.best_boxes import BestBoxes, best_pairs, best_rows
 from spaces.detectors.base import Labels, Outputs, Postprocess, Preprocess
 from spaces.detectors.folding import folded
 from spaces.detectors.ultralytics_loss import UltralyticsLoss, distillation, joined
@@ -118,7 +118,7 @@ class UltralyticsYolo:
         sides, logits, _ = joined(outputs)
         return self._boxes(sides.transpose(1, 2), slice(None)), logits.sigmoid().transpose(1, 2)
 
-    def candidates(self, outputs: Outputs, limit: int) -> Candidates:
+    def best_boxes(self, outputs: Outputs, limit: int) -> BestBoxes:
         """The best pairs of a box and a class of one image; see `Detector`.
 
         Cells are rows from the start: engines lay out results of convolutions like that, and take rows fast.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spaces.candidates import Candidates, best_rows
+from spaces.best_boxes import BestBoxes, best_rows
 from spaces.detectors import yolox_loss, yolox_network
 from spaces.detectors.base import Labels, Outputs, Preprocess
 from spaces.detectors.yolox_network import STRIDES, YoloXNetwork, cells
@@ -104,7 +104,7 @@ class YoloX:
         scores = raw[:, 4:5].sigmoid() * raw[:, 5:].sigmoid()
         return boxes.transpose(1, 2), scores.transpose(1, 2)
 
-    def candidates(self, outputs: Outputs, limit: int) -> Candidates:
+    def best_boxes(self, outputs: Outputs, limit: int) -> BestBoxes:
         """The best cells of one image; see `Detector`.
 
         The best class is that of the largest logit, so the others need no probability. Cells are rows at

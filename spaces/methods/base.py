@@ -32,6 +32,7 @@ class Draft:
         codebooks: numbers of values that weights are stored in, by layer.
         size: height and width of the input in pixels where it is not the study's.
         proposals: regions that second stages look at, by module.
+        topk: boxes that go into suppression where their number is not the study's.
         learned: what training learned of how layers are rounded, by module name, as plain data;
             `evaluators.calibration.LayerRanges` says what it means.
     """
@@ -45,6 +46,7 @@ class Draft:
     codebooks: dict[str, int] = field(default_factory=dict)
     size: tuple[int, int] | None = None
     proposals: dict[str, int] = field(default_factory=dict)
+    topk: int | None = None
     learned: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -11,6 +11,7 @@ from spaces.methods.proposals import ProposalCount
 from spaces.methods.prune import Pruning
 from spaces.methods.quantize import Quantization
 from spaces.methods.resize import Resizing
+from spaces.methods.topk import PreNmsTopK
 
 METHODS: dict[str, Method] = {
     "prune": Pruning(),
@@ -21,4 +22,5 @@ METHODS: dict[str, Method] = {
     "drop": Dropping(),
     "resize": Resizing(),
     "proposals": ProposalCount(),
+    "topk": PreNmsTopK(),
 }

@@ -18,7 +18,7 @@ from evaluators.jobs import Job
 from evaluators.latency import SETTLING
 from evaluators.pipeline import CandidateWorker
 from evaluators.resized import DISTILLED
-from evaluators.size_damage import SizeDamage, equivalent, shaken
+from evaluators.scored_damage import ScoredDamage, equivalent, shaken
 from evaluators.targets.base import Detections
 from evaluators.torch_session import TorchSession
 from search.sensitivity import LEVELS, damage_table, sensitivity_jobs
@@ -156,7 +156,7 @@ def test_all_sizes_are_measured_in_one_job_and_keep_their_order(worker: Candidat
 
 def test_a_size_costs_what_a_network_does_that_loses_as_much(worker: CandidateWorker) -> None:
     bench = worker.bench
-    damage = SizeDamage(bench)
+    damage = ScoredDamage(bench)
     recipes = [Recipe(detector=NAME, choices=(Resize(height=s, width=s),)) for s in (96, 64)]
     found = [damage.of(recipe) for recipe in recipes]
     lost = []

@@ -21,6 +21,7 @@ from search.peers import all_peers, nncf_peers, onnxruntime_peers, openvino_peer
 from search.peers.all_peers import peers_of
 from search.peers.models import PeerModel
 from spaces.errors import InputError
+from spaces.methods import topk
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
 pytest.importorskip("nncf", reason="pip install 'paredown[test]'")
@@ -118,6 +119,25 @@ def test_a_size_that_costs_too_much_is_no_peer(
     assert reduced.reduced_inputs(bench, base, tmp_path / "peers", "bf16") == {}
     found = openvino_peers.openvino_peers(base, {})
     assert [peer.name for peer in found] == ["OpenVINO f32", "OpenVINO bf16"]
+
+
+def test_fewer_boxes_are_a_peer_where_the_search_may_choose_them(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fewest at which the base loses no more than it may."""
+    other = Bench(bench.config.model_copy(update={"space": SpaceConfig(methods=("topk",))}), bench.slot)
+    base = other.base_model(tmp_path / "base")
+    monkeypatch.setattr(topk, "COUNTS", (9, 6, 3))
+    found = {}
+    for loss in (-100.0, 100.0):
+        monkeypatch.setattr(reduced, "REDUCED_LOSS", loss)
+        found[loss] = reduced.reduced_inputs(other, base, tmp_path / "peers", "f32")
+    assert found[-100.0] == {}
+    [(shown, (_, file))] = found[100.0].items()
+    assert shown == "top-k 3"
+    assert ModelCard.beside(file).postprocess.pre_nms_topk == 3
+    names = [peer.name for peer in openvino_peers.openvino_peers(base, found[100.0])]
+    assert names == ["OpenVINO f32", "OpenVINO bf16", "OpenVINO bf16, top-k 3"]
 
 
 def test_accuracy_control_sees_select(bench: Bench, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Damage of a smaller input, in the measure that all other choices have."""
+"""Damage that the AP alone tells, in the measure that all other choices have."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SHAKEN = (0.05, 0.1, 0.2, 0.4)
 """Standard deviations of the noise on weights, over those of the weights of a layer."""
 
 
-class SizeDamage:
-    """What a smaller input costs: the distance of a full-sized network that loses as much AP.
+class ScoredDamage:
+    """What a smaller input or fewer boxes cost: the distance of a network that loses as much AP.
 
-    Raw outputs at two sizes do not compare, average precisions do; the task loss, on images that the base
-    was trained on, put sizes in another order than AP. The AP that the base loses at the smaller size is
-    looked up among those that it loses with noise on its weights, whose distances by the detector's own
-    measure are known.
+    Raw outputs at two sizes do not compare, and do not change with what is made of them; average precisions
+    do. The task loss, on images that the base was trained on, put sizes in another order than AP. The AP that
+    the base loses is looked up among those that it loses with noise on its weights, whose distances by the
+    detector's own measure are known.
 
     Args:
         bench: at the study's size.
@@ -45,13 +45,13 @@ class SizeDamage:
         self._split = split.part(split.role, split.name, lambda image: image.id in picked)
 
     def of(self, recipe: Recipe) -> float:
-        """Distance that stands for the input size of a recipe; 0 where AP does not fall."""
-        small = self._bench.at(recipe)
-        return equivalent(self._plain - self._score(small, small.base), *self._known)
+        """Distance that stands for a recipe which leaves the weights alone; 0 where AP does not fall."""
+        bench = self._bench.at(recipe)
+        return equivalent(self._plain - self._score(bench, bench.base, recipe), *self._known)
 
-    def _score(self, bench: Bench, network: nn.Module) -> float:
-        """AP in 0..100 of a network at the size of a bench."""
-        session, look = TorchSession(bench.whole(network)), bench.detector.preprocess
+    def _score(self, bench: Bench, network: nn.Module, recipe: Recipe | None = None) -> float:
+        """AP in 0..100 of a network at the size of a bench, with a recipe's suppression."""
+        session, look = TorchSession(bench.whole(network, recipe)), bench.detector.preprocess
         return score_session(session, self._split, bench.select, look)[0]["map"]
 
     @cached_property
