@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from evaluators.adafactor import gradient_of
 from evaluators.replay import tensors_in
+from evaluators.strided_gradients import is_strided, strided_weights, zero_garbage
 from spaces.detectors.base import Outputs
 from spaces.detectors.folding import FOLDABLE
 
@@ -84,6 +85,10 @@ class FoldedNorms:
             for names, layer, norm in _pairs(network, image)
         ]
         self._channels: _Channels
+        self._strided: list[Tensor] = []
+        if dtype == torch.bfloat16:
+            self._strided = strided_weights(network)
+            self._strided += [pair.weight for pair in self._pairs if is_strided(pair.convolution)]
 
     @property
     def names(self) -> dict[str, str]:
@@ -112,6 +117,7 @@ class FoldedNorms:
     @torch.no_grad()
     def hand_on(self) -> None:
         """Turn the gradients of the folded weights and biases into those of the network's parameters."""
+        zero_garbage(self._strided)
         pairs = [pair for pair in self._pairs if pair.weight.grad is not None]
         if not pairs:
             return

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from evaluators.augment import Augment, augmented
 from evaluators.datasets.letterbox import LetterboxedImages, network_input
+from evaluators.strided_gradients import strided_weights, zero_garbage
 from spaces.detectors.base import Detector, Labels
 from spaces.errors import InputError
 
@@ -119,6 +120,7 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         done, total = _restore(checkpoint, plan, network, average, optimizer)
     device = next(network.parameters()).device
+    strided = strided_weights(network) if plan.precision == "bfloat16" else []
     started = time.perf_counter()
     for epoch, batches in zip(
         range(done, plan.epochs), _epochs(detector, images, plan, done, loaders), strict=True
@@ -141,6 +143,7 @@ def train(
                 )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
+            zero_garbage(strided)
             nn.utils.clip_grad_norm_(network.parameters(), plan.gradient_norm)
             optimizer.step()
             update_average(average, network, plan.average, at + 1)
