@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from search.commands.families import built, finetune, methods
+from search.commands.fronts import fronts
 from search.commands.live import live
 from search.commands.measure import evaluate_profile, importance, latency, predict, quantize, roofline
 from search.commands.options import (
@@ -45,6 +46,7 @@ benchmark.command("built")(built)
 benchmark.command("finetune")(finetune)
 benchmark.command("gather")(gather)
 benchmark.command("search")(replay_search)
+benchmark.command("fronts")(fronts)
 benchmark.command("rungs")(replay_rungs)
 benchmark.command("live")(live)
 benchmark.command("overhead")(overhead)
