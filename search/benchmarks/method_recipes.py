@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from evaluators.bench import Bench
 from spaces.methods.registry import METHODS
-from spaces.recipe import AnyChoice, Choice, Codebook, Factorize, Prune, Quantize, Recipe
+from spaces.recipe import AnyChoice, Choice, Codebook, Factorize, Prune, Quantize, Recipe, TopK
 
 SPARSITY, RANK, ENTRIES = 0.25, 0.5, 64
 """Share of the channels that goes at every site, or what it offers nearest to that; rank over the full one;
 values in a codebook."""
+BOXES = 100
 MILD_SPARSITY = 0.125
 """Where pruning comes together with low rank and int8, for losses add up."""
 
@@ -79,6 +80,7 @@ MODERATE: dict[str, Callable[[Bench], list[AnyChoice]]] = {
     "factorize": lambda bench: _factorised(bench, RANK),
     "activate": _activated,
     "drop": _dropped,
+    "topk": lambda _: [TopK(count=BOXES)],
     "prune + factorize + int8": lambda bench: together(bench, MILD_SPARSITY, RANK, 8),
 }
 """Methods by name, in the order of the table. A new method is one line here and one in `MEANING`."""
@@ -91,5 +93,6 @@ MEANING: dict[str, str] = {
     "factorize": f"{RANK:g} of the full rank, or the next above, of every layer that becomes cheaper by it",
     "activate": "ReLU in the place of costlier activations, in all stages",
     "drop": "every second residual block left out",
+    "topk": f"no more than {BOXES} boxes go into suppression",
     "prune + factorize + int8": f"{MILD_SPARSITY:.1%} of the channels, ranks as above, all layers at 8 bits",
 }

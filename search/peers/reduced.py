@@ -34,8 +34,8 @@ def reduced_inputs(bench: Bench, base: Path, directory: Path, hint: str) -> Redu
 
     def kept(*choices: AnyChoice) -> Reduced:
         recipe = Recipe(detector=bench.detector.name, choices=choices)
-        small, shown = bench.at(recipe), " ".join(_shown(recipe))
-        folder = directory / shown.replace(" ", "-")
+        small, shown = bench.at(recipe), ", ".join(_shown(recipe))
+        folder = directory / shown.replace(",", "").replace(" ", "-")
         file = folder / bench.target.model_file
         if not file.exists():
             small.export(apply(small.base, recipe, small.sites).network, {}, recipe, folder)
