@@ -10,10 +10,14 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evaluators.ranking import front
 from search.figure_frame import BASE, FRONT, OTHERS, PEER, TRIAL, Frame, frame_of
 from search.report import FrontRow, Peer, TrialPoint
 
 PEER_MARKERS = "sD^vPX<>pdH8"
+OTHER_PEERS = "other peers"
+LEGEND_LETTERS = 112
+"""That fit beside each other under the picture."""
 QUIET_TEXT = "#4b5563"
 
 
@@ -64,8 +68,9 @@ def front_png(
     )
     entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     entries = {name: entries[name] for name in sorted(entries, key=_legend_place)}
+    columns = max(1, min(4, LEGEND_LETTERS // max(len(name) + 6 for name in entries)))
     figure.legend(
-        entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        entries.values(), entries.keys(), loc="outside lower center", ncols=columns, fontsize=8, frameon=False
     )
     heading = figure.suptitle(title, ha="left", fontsize=12, fontweight="bold")
     axes.set_title(subtitle, loc="left", fontsize=8.5, color=QUIET_TEXT, pad=8)
@@ -78,7 +83,7 @@ def front_png(
 
 
 def _legend_place(name: str) -> int:
-    return {"base": 0, "front": 1, OTHERS: 3}.get(name, 2)
+    return {"base": 0, "front": 1, OTHER_PEERS: 3, OTHERS: 4}.get(name, 2)
 
 
 def _draw_axes(axes: Axes, frame: Frame) -> None:
@@ -100,10 +105,7 @@ def _draw_models(axes: Axes, frame: Frame, peers: Sequence[Peer]) -> None:
     for count, row in enumerate(frame.rows):
         bar = frame.bar(row.latency_ms, row.latency_ratio, row.interval)
         _draw_model(axes, row.latency_ms, row.map, bar, "o", FRONT, "front" if count == 0 else None)
-    for count, peer in enumerate(peers):
-        ms = peer.latency_ratio * frame.reference_ms
-        bar = frame.bar(ms, peer.latency_ratio, peer.interval)
-        _draw_model(axes, ms, peer.map, bar, PEER_MARKERS[count % len(PEER_MARKERS)], PEER, peer.name)
+    _draw_peers(axes, frame, peers)
     axes.plot(
         [frame.base.latency_ms],
         [frame.base.map],
@@ -115,6 +117,28 @@ def _draw_models(axes: Axes, frame: Frame, peers: Sequence[Peer]) -> None:
         zorder=6,
         label="base",
     )
+
+
+def _draw_peers(axes: Axes, frame: Frame, peers: Sequence[Peer]) -> None:
+    """Those that no other one beats with markers and names of their own, the others alike."""
+    best = front([(peer.latency_ratio, -peer.map) for peer in peers]) if peers else []
+    for count, peer in enumerate(peers[i] for i in best):
+        ms = peer.latency_ratio * frame.reference_ms
+        bar = frame.bar(ms, peer.latency_ratio, peer.interval)
+        _draw_model(axes, ms, peer.map, bar, PEER_MARKERS[count % len(PEER_MARKERS)], PEER, peer.name)
+    others = [peer for i, peer in enumerate(peers) if i not in best]
+    if others:
+        axes.plot(
+            [peer.latency_ratio * frame.reference_ms for peer in others],
+            [peer.map for peer in others],
+            marker="o",
+            linestyle="none",
+            markersize=4.5,
+            markerfacecolor="white",
+            markeredgecolor=PEER,
+            zorder=4,
+            label=OTHER_PEERS,
+        )
 
 
 def _draw_model(

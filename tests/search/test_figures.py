@@ -102,3 +102,14 @@ def test_no_picture_is_left_half_written(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="missing"):
         front_html(tmp_path / "missing" / "front.html", ROWS, BASE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_legend_of_many_peers_stays_inside(tmp_path: Path) -> None:
+    """Those that others beat are named together; the others in as many columns as fit."""
+    named = [Peer(f"a peer with a rather long name, number {k}", 50.0 - k, 0.9 - 0.1 * k) for k in range(5)]
+    beaten = [Peer(f"beaten {k}", 44.0, 1.0 + k / 50) for k in range(20)]
+    front_png(tmp_path / "front.png", ROWS, BASE, peers=[*beaten, *named])
+    picture = imread(tmp_path / "front.png")[..., :3]
+    assert picture.shape[:2] == (1000, 1600)
+    for edge in (picture[:, :4], picture[:, -4:], picture[-4:]):
+        assert edge.min() > 0.99, "white"
