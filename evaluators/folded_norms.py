@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from evaluators.adafactor import gradient_of
+from evaluators.blind_taps import BlindTaps
 from evaluators.replay import tensors_in
-from evaluators.strided_gradients import is_strided, strided_weights, zero_garbage
 from spaces.detectors.base import Outputs
 from spaces.detectors.folding import FOLDABLE
 
@@ -85,10 +85,9 @@ class FoldedNorms:
             for names, layer, norm in _pairs(network, image)
         ]
         self._channels: _Channels
-        self._strided: list[Tensor] = []
-        if dtype == torch.bfloat16:
-            self._strided = strided_weights(network)
-            self._strided += [pair.weight for pair in self._pairs if is_strided(pair.convolution)]
+        self._blind = BlindTaps(network, image)
+        for pair in self._pairs:
+            self._blind.add(pair.convolution, pair.weight)
 
     @property
     def names(self) -> dict[str, str]:
@@ -117,7 +116,7 @@ class FoldedNorms:
     @torch.no_grad()
     def hand_on(self) -> None:
         """Turn the gradients of the folded weights and biases into those of the network's parameters."""
-        zero_garbage(self._strided)
+        self._blind.clear()
         pairs = [pair for pair in self._pairs if pair.weight.grad is not None]
         if not pairs:
             return

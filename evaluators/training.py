@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from evaluators.augment import Augment, augmented
+from evaluators.blind_taps import BlindTaps
 from evaluators.datasets.letterbox import LetterboxedImages, network_input
-from evaluators.strided_gradients import strided_weights, zero_garbage
 from spaces.detectors.base import Detector, Labels
 from spaces.errors import InputError
 
@@ -120,7 +120,7 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         done, total = _restore(checkpoint, plan, network, average, optimizer)
     device = next(network.parameters()).device
-    strided = strided_weights(network) if plan.precision == "bfloat16" else []
+    blind = BlindTaps(network, torch.zeros(1, 3, *detector.preprocess.size, device=device))
     started = time.perf_counter()
     for epoch, batches in zip(
         range(done, plan.epochs), _epochs(detector, images, plan, done, loaders), strict=True
@@ -143,7 +143,7 @@ def train(
                 )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            zero_garbage(strided)
+            blind.clear()
             nn.utils.clip_grad_norm_(network.parameters(), plan.gradient_norm)
             optimizer.step()
             update_average(average, network, plan.average, at + 1)

@@ -10,15 +10,16 @@ from typing import Any
 
 from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
+from evaluators.bench_config import LatencyConfig
 from evaluators.exported import CARD_FILE, ModelCard
-from evaluators.latency import measure_many
 from evaluators.targets.base import Session
+from evaluators.together import time_together
 from search.benchmarks.reports import table, write
 from search.figures import front_png
 from search.front import Front
 from search.report import Peer
 
-ROUNDS = (60, 240)
+ROUNDS = LatencyConfig(min_rounds=60, max_rounds=240, target_spread=0.01)
 SECONDS_A_MODEL = 6.0
 PEER_LOSS = 1.0
 """AP that the peer may lose that others are compared with."""
@@ -65,18 +66,9 @@ def compare(
     with bench.slot.computing():
         benches = {name: bench_of(bench, file) for name, (_, file) in models.items()}
         inputs = {name: benches[name].timing_inputs for name in models}
-    with bench.slot.quiet():
-        paired = measure_many(
-            {name: session for name, session in sessions.items() if name != base},
-            sessions[base],
-            inputs.pop(base),
-            images_of=inputs,
-            threads=bench.config.threads,
-            min_rounds=ROUNDS[0],
-            max_rounds=ROUNDS[1],
-            target_spread=0.01,
-            time_limit_s=SECONDS_A_MODEL * len(models),
-        )
+    others = {name: session for name, session in sessions.items() if name != base}
+    del inputs[base]
+    paired = time_together(bench, others, sessions[base], SECONDS_A_MODEL * len(models), ROUNDS, inputs)
     figures: dict[str, dict[str, dict[str, float]]] = {name: {} for name in models}
     differences: dict[str, dict[str, tuple[float, float, float]]] = {name: {} for name in models}
     for split_name in splits:

@@ -11,8 +11,8 @@ from typing import Any
 from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.exported import CARD_FILE, ModelCard, model_in
-from evaluators.latency import measure_many
 from evaluators.targets.base import Detections, Session
+from evaluators.together import time_together
 from search.front import FINAL
 from search.retention import base_number, front_numbers
 from search.study import SearchStudy
@@ -56,19 +56,9 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
         benches = {n: bench.at(_card(study, n).recipe) for n in there}
         inputs = {str(n): benches[n].timing_inputs for n in there}
         reference = _session(bench, study, base)
-    settings = bench.config.latency
-    with bench.slot.quiet():
-        paired = measure_many(
-            {str(n): session for n, session in sessions.items()},
-            reference,
-            bench.timing_inputs,
-            images_of=inputs,
-            threads=bench.config.threads,
-            min_rounds=settings.min_rounds,
-            max_rounds=settings.max_rounds,
-            target_spread=settings.target_spread,
-            time_limit_s=min(_SECONDS_A_MODEL * (len(there) + 1), _SECONDS_AT_MOST),
-        )
+    seconds = min(_SECONDS_A_MODEL * (len(there) + 1), _SECONDS_AT_MOST)
+    named = {str(n): session for n, session in sessions.items()}
+    paired = time_together(bench, named, reference, seconds, images_of=inputs)
     split = bench.split("report")
     say(f"scoring them on report ({len(split.images)} images of {split.source})")
     figures: dict[int, dict[str, float]] = {}

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from evaluators.bench import Bench
-from evaluators.bench_config import BenchConfig
+from evaluators.bench_config import BenchConfig, LatencyConfig
 from evaluators.datasets.base import DataConfig, load_splits
 from evaluators.kernels import by_kind
-from evaluators.latency import measure_many
+from evaluators.together import time_together
 from search.benchmarks.method_recipes import together
 from search.benchmarks.recipes import exported
 from search.benchmarks.reports import table, write
@@ -22,7 +22,7 @@ from spaces.detectors.weights import save_weights
 from spaces.effects import total_macs
 from spaces.recipe import AnyChoice, Recipe
 
-ROUNDS = (24, 120)
+ROUNDS = LatencyConfig(min_rounds=24, max_rounds=120, target_spread=0.01)
 SECONDS_A_MODEL = 20.0
 
 
@@ -93,17 +93,8 @@ def measure_built(
         made[name] = exported(bench, recipe, folder / str(number))
     reference = bench.target.prepare(made["float32"].file, bench.config.threads)
     say(f"timing {len(made)} models together")
-    with bench.slot.quiet():
-        paired = measure_many(
-            {name: one.session for name, one in made.items()},
-            reference,
-            bench.timing_inputs,
-            threads=bench.config.threads,
-            min_rounds=ROUNDS[0],
-            max_rounds=ROUNDS[1],
-            target_spread=0.01,
-            time_limit_s=SECONDS_A_MODEL * len(made),
-        )
+    sessions = {name: one.session for name, one in made.items()}
+    paired = time_together(bench, sessions, reference, SECONDS_A_MODEL * len(made), ROUNDS)
     whole = total_macs(bench.identity, bench.sites)
     rows = []
     for name, one in made.items():

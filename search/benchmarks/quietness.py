@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluators.bench import Bench
-from evaluators.latency import PairedLatency, measure_many, same_speed
+from evaluators.latency import PairedLatency, same_speed
 from evaluators.targets.base import Session, TensorPart
 from evaluators.tensor_time import TensorSession
+from evaluators.together import time_together
 from search.benchmarks.load import training
 from search.benchmarks.reports import rank_correlation, table, write
 from spaces.errors import InputError
@@ -108,19 +109,7 @@ def tensor_times(
         sessions[f"tensor {model.name}"] = TensorSession(model.tensor_part)
         inputs = _bench_of(bench, model).timing_inputs
         images_of |= {f"whole {model.name}": inputs, f"tensor {model.name}": inputs}
-    settings = bench.config.latency
-    with bench.slot.quiet():
-        found = measure_many(
-            sessions,
-            base,
-            bench.timing_inputs,
-            threads=bench.config.threads,
-            min_rounds=settings.min_rounds,
-            max_rounds=settings.max_rounds,
-            target_spread=settings.target_spread,
-            time_limit_s=SECONDS_A_MODEL * (len(sessions) + 1),
-            images_of=images_of,
-        )
+    found = time_together(bench, sessions, base, SECONDS_A_MODEL * (len(sessions) + 1), images_of=images_of)
     return {m.name: (found[f"whole {m.name}"], found[f"tensor {m.name}"]) for m in models}
 
 
