@@ -29,7 +29,7 @@ data:
   fit: {fit}{select}
   report: {report}
 
-space:                   # what may change; also there: factorize (low rank), drop (residual blocks), codebook
+space:                   # what may change; also there: resize (a smaller input), factorize (low rank), drop
   methods: [{methods}]
 
 target: openvino         # or onnxruntime: the engine that is scored and timed
@@ -88,6 +88,8 @@ def init(
         load_weights(network, weights, detector, fit.categories)
         checkpoint = checkpoint if weights != checkpoint.expanduser() else weights.absolute()
     costly = any(type(module) in COSTLY for module in network.modules())
+    two_stages = any(isinstance(getattr(module, "proposals", None), int) for module in network.modules())
+    methods = ["prune", "quantize", *["activate"] * costly, *["proposals"] * two_stages, "topk"]
     names = [category.name for category in fit.categories]
     divided = splits["select"].source == fit.source and "[" in fit.name
     height, width = detector.preprocess.size
@@ -101,7 +103,7 @@ def init(
         checkpoint="# checkpoint: FILE       # or --checkpoint FILE: weights trained on these categories"
         if checkpoint is None
         else f"checkpoint: {_quoted(str(checkpoint))}",
-        methods=", ".join(("prune", "quantize", *(("activate",) if costly else ()))),
+        methods=", ".join(methods),
         format="coco" if annotation_files(root) else "yolo",
         fit=_described(fit) if not divided else _quoted(fit.name.split("[")[0]),
         select=f"\n  select_fraction: 0.2   # of fit: {len(splits['select'].images)} images, to choose by"

@@ -208,7 +208,7 @@ def test_init_writes_a_configuration_that_is_read(
     assert "fit: 4 images" in out
     settings = load_config(file)
     assert (settings.data.fit, settings.data.select, settings.data.report) == ("fit", "select", "report")
-    assert settings.space.methods == ("prune", "quantize", "activate")  # it has SiLU
+    assert settings.space.methods == ("prune", "quantize", "activate", "topk")  # it has SiLU
     assert settings.checkpoint == data / "base.safetensors"
     assert main(["evaluate", str(file), "--split", "select", "--json", "--target", "torch"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 3
@@ -224,8 +224,9 @@ def test_init_shares_select_from_train(here: Path, data: Path, tmp_path_factory:
     (root / "images").symlink_to(data / "digits" / "images")
     for theirs, name in (("fit", "train"), ("report", "val")):
         (root / "annotations" / f"{name}.json").symlink_to(data / "digits" / "annotations" / f"{theirs}.json")
-    assert main(["init", "--model", "yolox_digits", "--data", str(root), "--output", "c.yaml"]) == 0
+    assert main(["init", "--model", "fasterrcnn_digits", "--data", str(root), "--output", "c.yaml"]) == 0
     settings = load_config(here / "c.yaml", {"checkpoint": "x"})
+    assert settings.space.methods == ("prune", "quantize", "activate", "proposals", "topk")
     assert (settings.data.fit, settings.data.select, settings.data.report) == ("train", None, "val")
     assert settings.data.select_fraction == 0.2
 
