@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from evaluators.base_reference import BaseReference
 from evaluators.bench import Bench
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.exported import ModelCard, model_in
@@ -40,11 +42,11 @@ class Measuring:
     Args:
         bench: at the size of the recipe's input.
         artifacts: folder of the study's model files.
-        base: loads the study's base, which all are timed against.
+        base: the study's, which all are timed against and compared with.
     """
 
-    def __init__(self, bench: Bench, artifacts: Path, base: Callable[[], Session]) -> None:
-        self.bench, self.artifacts, self._base_session = bench, artifacts, base
+    def __init__(self, bench: Bench, artifacts: Path, base: BaseReference) -> None:
+        self.bench, self.artifacts, self._base = bench, artifacts, base
 
     def stages(
         self,
@@ -74,12 +76,18 @@ class Measuring:
             yield clock.ended("compare with torch", "score")
         else:
             yield clock.ended("export", "score")
-        figures, _ = bench.scored(session)
+        figures, found = bench.scored(session)
+        difference = None if recipe.is_identity else self._base.difference(found)
         yield clock.ended("score", "wait for a quiet moment to time it")
-        paired = bench.timed(session, self._base_session())
+        paired = bench.timed(session, self._base.session)
         share = tensor_share(bench, session, model_in(folder), card.runtime.hint)
         yield clock.ended("latency", "")
         metrics = self._metrics(draft, recipe, folder, figures, paired, share, step_ms, card.runtime.hint)
+        if difference is not None and all(map(math.isfinite, difference)):
+            value, low, high = difference
+            metrics["map_difference"] = Measurement(
+                value=value, unit="AP, candidate - base", low=low, high=high
+            )
         with bench.slot.computing():  # the profile loads and runs the model once more
             kernels = session.kernels()
         bits = by_part(draft.network, bits_by_layer(recipe, bench.sites))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from evaluators.base_reference import BaseReference
 from evaluators.bench import Bench
 from evaluators.bench_config import BenchConfig
 from evaluators.damage import Damage
@@ -21,7 +22,6 @@ from evaluators.norms import recalibrate_norms
 from evaluators.qat import as_plain, fake_quantized, rounds_in_training
 from evaluators.rungs import TrialRungs, forget_rungs
 from evaluators.stage_clock import StageClock
-from evaluators.targets.base import Session
 from spaces.apply import apply, rebuild, save
 from spaces.effects import bits_by_layer, integers_by_layer
 from spaces.methods.base import Draft
@@ -43,8 +43,7 @@ class CandidateWorker:
     ) -> None:
         self.bench, self.artifacts = Bench(config), artifacts
         self.measures = signature is None or dict(signature) == self.bench.target.signature(config.threads)
-        self._base: Session | None = None
-        self._whole = self
+        self._base = BaseReference(self.bench, artifacts / BASE_FOLDER)
 
     def run(self, job: Job) -> Iterator[StageReport]:
         """Do a job: a `trial`, the `damage` of single choices, or the `probe` of a recipe's latency.
@@ -67,7 +66,7 @@ class CandidateWorker:
         if bench is self.bench:
             return self
         resized = copy.copy(self)
-        resized.bench, resized._whole = bench, self
+        resized.bench = bench
         return resized
 
     # -- trials
@@ -128,7 +127,7 @@ class CandidateWorker:
 
     @property
     def _measuring(self) -> Measuring:
-        return Measuring(self.bench, self.artifacts, self._base_session)
+        return Measuring(self.bench, self.artifacts, self._base)
 
     def _fine_tune(
         self,
@@ -169,14 +168,6 @@ class CandidateWorker:
             if rungs is not None and at_rung:
                 yield rungs.after(epoch, clock, coming)
         network.eval()
-
-    def _base_session(self) -> Session:
-        whole = self._whole
-        if whole._base is None:
-            with whole.bench.slot.computing():
-                model = whole.bench.base_model(self.artifacts / BASE_FOLDER)
-                whole._base = whole.bench.target.prepare(model, whole.bench.config.threads)
-        return whole._base
 
     def _trained_further(
         self, seed: int, clock: StageClock, metrics: dict[str, Measurement]
@@ -228,7 +219,7 @@ class CandidateWorker:
             model, card = bench.export(draft.network, bits, job.recipe, folder)
             session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
         yield clock.ended("export", "wait for a quiet moment to time it")
-        paired = bench.timed(session, self._base_session())
+        paired = bench.timed(session, self._base.session)
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()

@@ -86,7 +86,7 @@ def front_html(
         subtitle=html.escape(subtitle),
         picture=picture,
         table=_table(rows, base),
-        caption=html.escape(front_caption(base)),
+        caption=html.escape(front_caption(base, rows)),
         heat="" if heat is None else _heat(heat),
         hidden=f"{frame.hidden_label}: <i>autoscale</i> shows everything" if frame.hidden_label else "",
     )

@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.evaluation import Evaluation
 from evaluators.ranking import Problem, front
+from search.expected_loss import expected_differences
 from search.heat_map import HeatMap
 from search.judge import gain_of_training_further, reference_of
 from search.report import FrontRow, TrialPoint, rows_to_json
@@ -86,6 +87,9 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
         n: _row(study, trials[n], evaluations[n], final, role, n == number, scale) for n in {*chosen, number}
     }
     remarks = _remarks(base_evaluation, role, chosen, final)
+    if role == "select":
+        likely = expected_differences(study, trials, chosen)
+        rows = {n: replace(row, likely=None if row.is_base else likely.get(n)) for n, row in rows.items()}
     stopped, counted = sum(map(is_stopped, filter(counts, trials))), sum(map(counts, trials))
     if stopped:
         remarks.append(
@@ -156,16 +160,25 @@ def subtitle_of(study: SearchStudy) -> str:
 def best_within(front_: Front, max_map_drop: float | None) -> FrontRow:
     """The fastest row of a front that loses at most so much mAP; without a bound the default of 1.0.
 
+    It must be likely to lose no more on other images either, where that is known: the fastest that just kept
+    the bound owes more to luck than the others.
+
     Raises:
         InputError: no row keeps the bound.
     """
     bound = 1.0 if max_map_drop is None else max_map_drop
-    kept = [row for row in front_.rows if front_.losses_against - row.map <= bound + 1e-9]
+    kept = [row for row in front_.rows if _loss(front_, row) <= bound + 1e-9]
     if not kept:
         raise InputError(
             "--max-map-drop", bound, "no model of the front loses so little; name one by --trial"
         )
     return min(kept, key=lambda row: row.latency_ratio)
+
+
+def _loss(front_: Front, row: FrontRow) -> float:
+    """AP points that a row lost, or is likely to lose, whichever is more."""
+    likely = row.map if row.likely is None else front_.base.map + row.likely
+    return front_.losses_against - min(row.map, likely)
 
 
 def _best_first(row: FrontRow) -> tuple[float, float]:

@@ -33,6 +33,7 @@ class FrontRow:
         is_base: the unchanged model.
         note: anything that a reader must know, in a few words.
         tensor_ms: of `latency_ms`, what the network takes without decoding and suppression.
+        likely: mAP minus the base's that is likely on other images; None where nothing is known.
     """
 
     number: int
@@ -49,6 +50,7 @@ class FrontRow:
     is_base: bool = False
     note: str = ""
     tensor_ms: float | None = None
+    likely: float | None = None
 
     @property
     def interval(self) -> Interval:
@@ -103,6 +105,7 @@ def front_cells(rows: Sequence[FrontRow], base: FrontRow) -> list[dict[str, str]
             "trial": str(row.number),
             "mAP": f"{row.map:.1f}",
             "to base": "base" if row.is_base else f"{row.map - base.map:+.1f}",
+            "likely": "" if row.is_base or row.likely is None else f"{row.likely:+.1f}",
             "ms": f"{row.latency_ms:.2f}",
             # The base was timed against its own file, and how near that came to 1 is no speed-up.
             "speed-up": "1.00x" if row.is_base else f"{1 / row.latency_ratio:.2f}x",
@@ -118,12 +121,13 @@ def front_cells(rows: Sequence[FrontRow], base: FrontRow) -> list[dict[str, str]
     return [{column: text for column, text in row.items() if column not in empty} for row in cells]
 
 
-def front_caption(base: FrontRow) -> str:
+def front_caption(base: FrontRow, rows: Sequence[FrontRow]) -> str:
     """What the columns mean, for below the table."""
+    likely = " Likely: to base on other images, by what the other trials say of the same choices."
     return (
         f"mAP: COCO AP@[.50:.95]{on_split(base)}. ms: whole detector, batch 1. Speed-up over the base with "
         "its 95 % interval; rows that share a letter under tie are equally fast within it."
-    )
+    ) + likely * any(row.likely is not None for row in rows)
 
 
 def on_split(base: FrontRow) -> str:
@@ -135,7 +139,7 @@ def on_split(base: FrontRow) -> str:
 def front_table(rows: Sequence[FrontRow], base: FrontRow, title: str = "Front") -> Table:
     """The front for a terminal of 100 columns; see `front_cells`."""
     lines = front_cells(rows, base)
-    table = Table(box=box.SIMPLE_HEAD, title=title, caption=front_caption(base))
+    table = Table(box=box.SIMPLE_HEAD, title=title, caption=front_caption(base, rows))
     table.title_justify = table.caption_justify = "left"
     for column in lines[0]:
         if column == "note":
@@ -160,6 +164,7 @@ def rows_to_json(rows: Sequence[FrontRow]) -> list[dict[str, Any]]:
             "latency_ratio_interval": None if row.interval is None else list(row.interval),
             "size_mb": row.size_mb,
             "params": row.params,
+            "likely_map_difference": row.likely,
             "artifact": row.artifact,
             "is_base": row.is_base,
             "note": row.note,

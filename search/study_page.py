@@ -59,7 +59,7 @@ def _body(study: SearchStudy, front: Front, artifact: str) -> str:
         "|" + "---|" * len(cells[0]),
         *(f"| {' | '.join(text.replace('|', '/') for text in row.values())} |" for row in cells),
         "",
-        front_caption(front.base),
+        front_caption(front.base, front.rows),
         *(f"\nNote: {remark}." for remark in front.remarks),
     ]
     return "\n".join(lines)

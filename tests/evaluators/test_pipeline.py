@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from evaluators import measuring
-from evaluators.accuracy import score_session
+from evaluators.accuracy import map_difference_interval, score_session
 from evaluators.evaluation import Evaluation
 from evaluators.exported import ModelCard
 from evaluators.jobs import HANDED_ON, Job, StageReport
@@ -132,6 +132,24 @@ def test_a_pruned_and_quantised_candidate(worker: CandidateWorker, base: Done, c
     if can_run(16):
         assert evaluation.details["fell_back"] == {}
         assert kernels == {"i8": bits.count(8), "bf16": bits.count(16), "f32": bits.count(32)}
+
+
+def test_its_ap_is_compared_with_the_bases_image_by_image(
+    worker: CandidateWorker, base: Done, candidate: Done
+) -> None:
+    bench, found = worker.bench, []
+    for evaluation in (candidate[1], base[1]):
+        assert evaluation.artifact is not None
+        card = ModelCard.beside(Path(evaluation.artifact))
+        session = bench.target.prepare(Path(evaluation.artifact), card.runtime.threads, card.runtime.hint)
+        found.append(bench.scored(session)[1])
+    difference = candidate[1].metrics["map_difference"]
+    slow = map_difference_interval(bench.splits["select"], found[0], found[1], seed=bench.config.seed)
+    assert (difference.value, difference.low, difference.high) == pytest.approx(slow)
+    plain = candidate[1].metrics["map"].value - base[1].metrics["map"].value
+    assert difference.value == pytest.approx(plain, abs=0.1)
+    assert slow[1] < difference.value < slow[2]
+    assert "map_difference" not in base[1].metrics
 
 
 def test_a_trial_that_two_machines_share_is_the_same(

@@ -12,6 +12,7 @@ from evaluators.ranking import Problem
 from search.commands.finish import _stored_map
 from search.front import FINAL, best_within, front_of, write_pictures
 from search.judge import ProblemJudge, gain_of_training_further, reference_of
+from search.report import front_caption, front_cells
 from search.study import SearchStudy
 from search.trials import EVALUATION, RECIPE
 from spaces.errors import InputError
@@ -106,6 +107,23 @@ def test_the_fastest_within_a_drop(study: SearchStudy) -> None:
     assert best_within(front, None).number == 1
     assert best_within(front, 5.0).number == 3
     assert best_within(front, 0.0).number == 0
+
+
+def test_what_is_likely_to_lose_more_is_not_chosen(
+    study: SearchStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial 1 loses 0.5, trial 3 loses 5; the worse of measured and likely counts."""
+    monkeypatch.setattr("search.front.expected_differences", lambda *_: {1: -1.4, 3: -4.0})
+    front = front_of(study)
+    assert {row.number: row.likely for row in front.rows} == {0: None, 1: -1.4, 3: -4.0, 4: None}
+    assert best_within(front, 1.0).number == 0
+    assert best_within(front, 1.5).number == 1
+    assert best_within(front, 4.5).number == 1
+    assert best_within(front, 5.0).number == 3
+    cells = {line["trial"]: line["likely"] for line in front_cells(front.rows, front.base)}
+    assert cells == {"0": "", "1": "-1.4", "3": "-4.0", "4": ""}
+    assert "Likely: to base on other images" in front_caption(front.base, front.rows)
+    assert front.to_json()[1]["likely_map_difference"] == -1.4
 
 
 def test_a_base_that_still_learns_flatters_nobody(tmp_path: Path) -> None:
