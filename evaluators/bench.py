@@ -21,6 +21,7 @@ from evaluators.datasets.base import DetectionSplit, load_split, load_splits
 from evaluators.datasets.letterbox import LetterboxedImages, network_input, spread
 from evaluators.evaluation import RESULT_VERSION
 from evaluators.exported import ModelCard, Runtime, card_categories
+from evaluators.gates import mean_gates
 from evaluators.importance import batchnorm_scores, taylor_scores
 from evaluators.latency import PairedLatency, measure_pair
 from evaluators.postprocess import WholeDetector
@@ -38,7 +39,7 @@ from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
 from spaces.methods.resize import Resizing
 from spaces.methods.topk import PreNmsTopK
-from spaces.recipe import Prune, Recipe, Resize, TopK, identity
+from spaces.recipe import Gate, Prune, Recipe, Resize, TopK, identity
 from spaces.sites import Sites, find_sites
 from spaces.space import MAX_PARAMETERS, SearchSpace, build_space
 
@@ -208,8 +209,13 @@ class Bench:
                 return taylor_scores(self.base, self.detector, self.fit, self.slot)
 
     def statistics_for(self, recipe: Recipe) -> dict[str, Tensor]:
-        """`statistics` where the recipe prunes; they cost a pass over fit."""
-        return self.statistics if recipe.of_kind(Prune) else {}
+        """`statistics` where the recipe prunes, mean gates where it fixes some; each costs a pass."""
+        importance = self.statistics if recipe.of_kind(Prune) else {}
+        return importance | (self._gates if recipe.of_kind(Gate) else {})
+
+    @cached_property
+    def _gates(self) -> dict[str, Tensor]:
+        return mean_gates(self.base, self.detector, self.fit, self.slot, list(self.sites.gate))
 
     @cached_property
     def weights_hash(self) -> str:

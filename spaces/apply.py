@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spaces.detectors.weights import load_weights, save_weights
 from spaces.errors import InputError
+from spaces.gates import replace_gates
 from spaces.lowrank import Factored
 from spaces.methods.activate import replace_activations
 from spaces.methods.base import Draft, Statistics
@@ -78,6 +79,7 @@ def save(draft: Draft, recipe: Recipe, directory: Path) -> None:
         "size": draft.size,
         "proposals": draft.proposals,
         "topk": draft.topk,
+        "gates": draft.gates,
         "learned": draft.learned,
     }
     save_weights(draft.network, directory / STATE_FILE)
@@ -111,6 +113,8 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     replace_layers(network, factors)
     activations = dict(plan.get("activations", {}))
     replace_activations(network, activations)
+    gates = {name: int(count) for name, count in plan.get("gates", {}).items()}
+    replace_gates(network, {name: torch.ones(count) for name, count in gates.items()})
     dropped = tuple(plan.get("dropped", ()))
     drop_blocks(network, dropped)
     proposals = {name: int(count) for name, count in plan.get("proposals", {}).items()}
@@ -120,7 +124,7 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
     codebooks = {name: int(entries) for name, entries in plan.get("codebooks", {}).items()}
     size = tuple(plan["size"]) if plan.get("size") else None
     draft = Draft(network, channels, bits, activations, dropped, factors, codebooks, size, proposals)
-    draft.topk, draft.learned = plan.get("topk"), plan.get("learned", {})
+    draft.topk, draft.gates, draft.learned = plan.get("topk"), gates, plan.get("learned", {})
     return recipe, draft
 
 

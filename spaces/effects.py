@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from spaces.layers import LayerFacts
 from spaces.methods.prune import kept_channels
 from spaces.ranks import layer_ranks
-from spaces.recipe import Codebook, Drop, Factorize, Proposals, Prune, Quantize, Recipe, Resize
+from spaces.recipe import Codebook, Drop, Factorize, Gate, Proposals, Prune, Quantize, Recipe, Resize
 from spaces.sites import Sites
 
 
@@ -20,15 +20,21 @@ def kept_by_site(recipe: Recipe, sites: Sites) -> dict[str, int]:
 
 
 def bits_by_layer(recipe: Recipe, sites: Sites) -> dict[str, int]:
-    """The bit-width that every layer runs at, 32 where nothing is chosen; dropped layers are left out."""
+    """The bit-width that every layer runs at, 32 where nothing is chosen; gone layers are left out."""
     bits = dict.fromkeys(sites.facts, 32)
     for site, choice in recipe.of_kind(Quantize).items():
         for layer in sites.layer[site].layers:
             bits[layer] = max(choice.weight_bits, choice.activation_bits)
-    for block in recipe.of_kind(Drop):
-        for layer in sites.residual[block].layers:
-            del bits[layer]
+    for layer in layers_gone(recipe, sites):
+        del bits[layer]
     return bits
+
+
+def layers_gone(recipe: Recipe, sites: Sites) -> set[str]:
+    """Layers of dropped blocks, and those that computed gates which are constant now."""
+    blocks = [sites.residual[block].layers for block in recipe.of_kind(Drop)]
+    gates = [sites.gate[block].layers for block in recipe.of_kind(Gate)]
+    return {layer for layers in (*blocks, *gates) for layer in layers}
 
 
 def integers_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:
@@ -49,7 +55,7 @@ def codebooks_by_layer(recipe: Recipe, sites: Sites) -> dict[str, int]:
 
 def widths_by_layer(recipe: Recipe, sites: Sites) -> dict[str, tuple[int, int]]:
     """Input and output channels of every layer under a recipe; none where it is dropped."""
-    return sites.widths(kept_by_site(recipe, sites), recipe.of_kind(Drop))
+    return sites.widths(kept_by_site(recipe, sites), layers_gone(recipe, sites))
 
 
 def facts_under(recipe: Recipe, sites: Sites) -> Mapping[str, LayerFacts]:

@@ -106,8 +106,16 @@ class TopK(_Frozen):
     count: int = Field(default=0, ge=0)
 
 
-AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook | Resize | Proposals | TopK
-T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook, Resize, Proposals, TopK)
+class Gate(_Frozen):
+    """Give a squeeze-and-excitation block gates that are the same for every image."""
+
+    kind: Literal["gate"] = "gate"
+    site: str
+    constant: bool = True
+
+
+AnyChoice = Prune | Quantize | Factorize | Activate | Drop | Codebook | Resize | Proposals | TopK | Gate
+T = TypeVar("T", Prune, Quantize, Factorize, Activate, Drop, Codebook, Resize, Proposals, TopK, Gate)
 Choice = Annotated[AnyChoice, Field(discriminator="kind")]
 
 
@@ -184,6 +192,8 @@ def is_identity(choice: AnyChoice) -> bool:
             return choice.size == (0, 0)
         case TopK():
             return choice.count == 0
+        case Gate():
+            return not choice.constant
 
 
 def identity(detector: str) -> Recipe:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spaces.calls import block_calls, shares_weights
 from spaces.detectors.base import Detector
 from spaces.layers import LayerFacts
 
@@ -43,11 +43,13 @@ def residual_sites(
         for name, module in network.named_modules()
         if name and any(True for _ in module.children())
     }
-    calls = _calls(network, detector.preprocess.size, {name for name, inside in layers.items() if inside})
+    calls = block_calls(
+        network, detector.preprocess.size, {name for name, inside in layers.items() if inside}
+    )
     found: dict[str, ResidualSite] = {}
     for name, pairs in calls.items():
         inside = layers[name]
-        if len(pairs) == 1 and fixed.isdisjoint(inside) and not _shares(network, name):
+        if len(pairs) == 1 and fixed.isdisjoint(inside) and not shares_weights(network, name):
             read, written = pairs[0]
             same = isinstance(read, Tensor) and isinstance(written, Tensor) and read.shape == written.shape
             if same and _gives_back(network.get_submodule(name), read):
@@ -56,44 +58,6 @@ def residual_sites(
     order = {layer: position for position, layer in enumerate(facts)}
     innermost.sort(key=lambda name: order[found[name].layers[0]])
     return {name: found[name] for name in innermost}
-
-
-def _calls(network: nn.Module, size: tuple[int, int], names: set[str]) -> dict[str, list[tuple[Any, Any]]]:
-    """What each module takes (one tensor, or nothing that counts) and returns, call by call."""
-    calls: dict[str, list[tuple[Any, Any]]] = {name: [] for name in sorted(names)}
-    taken: dict[str, Any] = {}
-
-    def before(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            alone = len(inputs) == 1 and not keywords and isinstance(inputs[0], Tensor)
-            taken[name] = inputs[0].clone() if alone else None  # blocks may write into their input
-
-        return hook
-
-    def after(name: str) -> Any:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            calls[name].append((taken[name], output.clone() if isinstance(output, Tensor) else None))
-
-        return hook
-
-    handles = []
-    for name in calls:
-        module = network.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-        handles.append(module.register_forward_hook(after(name)))
-    images = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        network(images)
-    for handle in handles:
-        handle.remove()
-    return calls
-
-
-def _shares(network: nn.Module, name: str) -> bool:
-    """True where a block's weights are also those of a module outside it."""
-    inside = {id(p) for p in network.get_submodule(name).parameters()}
-    outside = (p for n, p in network.named_parameters(remove_duplicate=False) if not n.startswith(f"{name}."))
-    return any(id(p) in inside for p in outside)
 
 
 def _gives_back(block: nn.Module, read: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torch import nn
 from spaces.activations import ActivationSite, activation_sites
 from spaces.best_boxes import SuppressionSite, suppression_site
 from spaces.detectors.base import Detector
+from spaces.gates import GateSite, gate_sites
 from spaces.inputs import InputSite, Size, input_site
 from spaces.layers import LayerFacts, trace_layers
 from spaces.norms import NORMS, in_whole_groups
@@ -82,13 +83,13 @@ class Sites:
     input: InputSite | None = None
     proposals: Mapping[str, ProposalSite] = field(default_factory=dict)
     suppression: SuppressionSite | None = None
+    gate: Mapping[str, GateSite] = field(default_factory=dict)
 
-    def widths(self, kept: Mapping[str, int], dropped: Iterable[str] = ()) -> dict[str, tuple[int, int]]:
+    def widths(self, kept: Mapping[str, int], gone: Collection[str] = ()) -> dict[str, tuple[int, int]]:
         """Input and output channels of every layer when `kept` channels are left, by site (others: all).
 
-        Layers of `dropped` blocks have none.
+        Layers that are `gone` have none.
         """
-        gone = {layer for block in dropped for layer in self.residual[block].layers}
         removed: dict[tuple[str, str], int] = defaultdict(int)
         for name, count in kept.items():
             site = self.channel[name]
@@ -116,8 +117,8 @@ def find_sites(
     layers left out. They carry the name of the first layer that produces their channels. Layer sites are
     one layer each, a depthwise convolution joined to the layer that reads it; where that makes more than
     `max_sites` sites of both kinds, the layers of one parent module are joined. Activation sites are stages,
-    residual sites single blocks, proposal sites second stages. Where `resized` makes the detector for another
-    size, its input is one, too; so is suppression, where `topk` boxes may go into it.
+    residual and gate sites single blocks, proposal sites second stages. Where `resized` makes the detector
+    for another size, its input is one, too; so is suppression, where `topk` boxes may go into it.
     """
     facts = trace_layers(network, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
@@ -134,6 +135,7 @@ def find_sites(
         input_site(detector.preprocess.size, facts, network, resized) if resized else None,
         proposal_sites(network, facts),
         suppression_site(detector, network, topk) if topk else None,
+        gate_sites(detector, network, facts),
     )
 
 

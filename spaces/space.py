@@ -23,6 +23,7 @@ from spaces.recipe import (
     Codebook,
     Drop,
     Factorize,
+    Gate,
     Proposals,
     Prune,
     Quantize,
@@ -45,6 +46,7 @@ LABELS = {
     "resize": "size",
     "proposals": "proposals",
     "topk": "top-k",
+    "gate": "gate",
 }
 JOINED = ("prune", "quantize", "factorize", "codebook")
 """Kinds that `granularity` joins; sites of the others are blocks, stages or the input as they are."""
@@ -311,6 +313,8 @@ def _value(choice: Choice, sites: Sites) -> Value:
             return own if choice.function == "own" else choice.function
         case Drop():
             return "dropped" if choice.dropped else "kept"
+        case Gate():
+            return "constant" if choice.constant else "computed"
         case Codebook():
             return float(choice.entries)
         case Resize():

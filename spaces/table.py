@@ -12,7 +12,18 @@ from numpy.typing import NDArray
 from spaces.activations import SAVED
 from spaces.methods.prune import kept_channels
 from spaces.ranks import Geometry, Part
-from spaces.recipe import Activate, Drop, Factorize, Proposals, Prune, Quantize, Resize, TopK, is_identity
+from spaces.recipe import (
+    Activate,
+    Drop,
+    Factorize,
+    Gate,
+    Proposals,
+    Prune,
+    Quantize,
+    Resize,
+    TopK,
+    is_identity,
+)
 from spaces.space import SearchSpace, Value
 
 Options = NDArray[np.int64]
@@ -132,6 +143,9 @@ class SpaceTable:
                         case Drop():
                             inside = [place[layer] for layer in sites.residual[choice.site].layers]
                             self._dropped[p, o, inside] = float(choice.dropped)
+                        case Gate():
+                            inside = [place[layer] for layer in sites.gate[choice.site].layers]
+                            self._dropped[p, o, inside] = float(choice.constant)
                         case Resize() if not is_identity(choice):
                             self._size[p, o] = self._places[choice.size]
                         case Proposals():

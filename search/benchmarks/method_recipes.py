@@ -80,6 +80,7 @@ MODERATE: dict[str, Callable[[Bench], list[AnyChoice]]] = {
     "factorize": lambda bench: _factorised(bench, RANK),
     "activate": _activated,
     "drop": _dropped,
+    "gate": lambda bench: [options[-1] for options in _options(bench, "gate")],
     "topk": lambda _: [TopK(count=BOXES)],
     "prune + factorize + int8": lambda bench: together(bench, MILD_SPARSITY, RANK, 8),
 }
@@ -93,6 +94,7 @@ MEANING: dict[str, str] = {
     "factorize": f"{RANK:g} of the full rank, or the next above, of every layer that becomes cheaper by it",
     "activate": "ReLU in the place of costlier activations, in all stages",
     "drop": "every second residual block left out",
+    "gate": "constant gates in all squeeze-and-excitation blocks",
     "topk": f"no more than {BOXES} boxes go into suppression",
     "prune + factorize + int8": f"{MILD_SPARSITY:.1%} of the channels, ranks as above, all layers at 8 bits",
 }

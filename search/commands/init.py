@@ -69,6 +69,8 @@ def init(
     from spaces.detectors.registry import make_detector
     from spaces.detectors.weights import load_weights
     from spaces.errors import InputError
+    from spaces.gates import gate_sites
+    from spaces.layers import trace_layers
 
     root = data.expanduser().absolute()
     file = output or Path(f"{_slug(model)}_{_slug(root.name)}.yaml")
@@ -89,7 +91,9 @@ def init(
         checkpoint = checkpoint if weights != checkpoint.expanduser() else weights.absolute()
     costly = any(type(module) in COSTLY for module in network.modules())
     two_stages = any(isinstance(getattr(module, "proposals", None), int) for module in network.modules())
-    methods = ["prune", "quantize", *["activate"] * costly, *["proposals"] * two_stages, "topk"]
+    gates = gate_sites(detector, network, trace_layers(network, detector.preprocess.size))
+    asked = {"activate": costly, "gate": bool(gates), "proposals": two_stages}
+    methods = ["prune", "quantize", *(kind for kind, there in asked.items() if there), "topk"]
     names = [category.name for category in fit.categories]
     divided = splits["select"].source == fit.source and "[" in fit.name
     height, width = detector.preprocess.size

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+from spaces.gates import ConstantGate
 from spaces.lowrank import Factors
 
 FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d)
@@ -16,10 +17,30 @@ FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """A copy in evaluation mode with BatchNorm folded by `fold_norms`."""
+    """A copy in evaluation mode with BatchNorm folded by `fold_norms`, and constant gates by `fold_gates`."""
     network = copy.deepcopy(network).eval()
     fold_norms(network)
+    fold_gates(network)
     return network
+
+
+def fold_gates(network: nn.Module) -> None:
+    """Take every constant gate into the convolution that a sequence runs behind it, in place."""
+    for module in list(network.modules()):
+        if not isinstance(module, nn.Sequential):
+            continue
+        for (name, gate), (_, follower) in itertools.pairwise(list(module.named_children())):
+            reader = _first(follower)
+            if isinstance(gate, ConstantGate) and reader is not None and reader.groups == 1:
+                reader.weight.data *= gate.gates.data[:, None, None]
+                module.register_module(name, nn.Identity())
+
+
+def _first(module: nn.Module) -> nn.Conv2d | None:
+    """The convolution that a module begins with, if it does."""
+    while isinstance(module, nn.Sequential) and len(module):
+        module = module[0]
+    return module if isinstance(module, nn.Conv2d) else None
 
 
 def fold_norms(network: nn.Module) -> None:

@@ -15,7 +15,8 @@ from spaces.sites import Sites
 from spaces.slicing import LayerChannels
 
 Statistics = Mapping[str, Tensor]
-"""Importance of a layer's output channels, `(outputs,)`, by layer name; made by `evaluators` from data."""
+"""Importance of a layer's output channels, `(outputs,)`, by layer name, and mean gates `(channels,)` of
+squeeze-and-excitation blocks by theirs; made by `evaluators` from data."""
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Draft:
         size: height and width of the input in pixels where it is not the study's.
         proposals: regions that second stages look at, by module.
         topk: boxes that go into suppression where their number is not the study's.
+        gates: channels of the blocks whose gates are constant, by module name.
         learned: what training learned of how layers are rounded, by module name, as plain data;
             `evaluators.calibration.LayerRanges` says what it means.
     """
@@ -47,17 +49,18 @@ class Draft:
     size: tuple[int, int] | None = None
     proposals: dict[str, int] = field(default_factory=dict)
     topk: int | None = None
+    gates: dict[str, int] = field(default_factory=dict)
     learned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def changed_modules(self) -> frozenset[str]:
         """Names of the modules that are not the base's own any more."""
-        return frozenset([*self.channels, *self.factors, *self.activations, *self.dropped])
+        return frozenset([*self.channels, *self.factors, *self.activations, *self.dropped, *self.gates])
 
     @property
     def changed(self) -> bool:
         """True where the network has to be trained; bit-widths and fewer proposals leave its weights good."""
-        return bool(self.channels or self.factors or self.activations or self.dropped or self.size)
+        return bool(self.changed_modules or self.size)
 
 
 @runtime_checkable

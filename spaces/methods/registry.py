@@ -7,6 +7,7 @@ from spaces.methods.base import Method
 from spaces.methods.codebook import Codebooks
 from spaces.methods.drop import Dropping
 from spaces.methods.factorize import Factorization
+from spaces.methods.gate import ConstantGates
 from spaces.methods.proposals import ProposalCount
 from spaces.methods.prune import Pruning
 from spaces.methods.quantize import Quantization
@@ -19,6 +20,7 @@ METHODS: dict[str, Method] = {
     "activate": Activation(),
     "quantize": Quantization(),
     "codebook": Codebooks(),
+    "gate": ConstantGates(),
     "drop": Dropping(),
     "resize": Resizing(),
     "proposals": ProposalCount(),

@@ -226,7 +226,7 @@ def test_init_shares_select_from_train(here: Path, data: Path, tmp_path_factory:
         (root / "annotations" / f"{name}.json").symlink_to(data / "digits" / "annotations" / f"{theirs}.json")
     assert main(["init", "--model", "fasterrcnn_digits", "--data", str(root), "--output", "c.yaml"]) == 0
     settings = load_config(here / "c.yaml", {"checkpoint": "x"})
-    assert settings.space.methods == ("prune", "quantize", "activate", "proposals", "topk")
+    assert settings.space.methods == ("prune", "quantize", "activate", "gate", "proposals", "topk")
     assert (settings.data.fit, settings.data.select, settings.data.report) == ("train", None, "val")
     assert settings.data.select_fraction == 0.2
 

@@ -1,0 +1,104 @@
+"""Squeeze-and-excitation: blocks that multiply each channel by a gate, computed from the whole image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spaces.calls import block_calls, shares_weights
+from spaces.detectors.base import Detector
+from spaces.layers import LayerFacts
+
+FEW = 4
+"""Positions that a map must have for a gate to show: one number would be the same everywhere."""
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class GateSite:
+    """A block that gates channels (Hu et al. 2018, arXiv 1709.01507).
+
+    Attributes:
+        name: of the module.
+        layers: inside it; the last one puts out a number for each channel.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+
+
+class ConstantGate(nn.Module):
+    """Multiplies each channel by a number, whatever the image.
+
+    Args:
+        gates: `(C,)`.
+    """
+
+    def __init__(self, gates: Tensor) -> None:
+        super().__init__()
+        self.gates = nn.Parameter(gates.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gates[:, None, None]
+
+
+def gate_sites(
+    detector: Detector, network: nn.Module, facts: Mapping[str, LayerFacts]
+) -> dict[str, GateSite]:
+    """Gating blocks by module name, innermost ones only, in order of execution.
+
+    A block gates where what it returns is what it takes times one number a channel. That needs no knowledge
+    of the family. Blocks that run more than once, share weights or hold output layers are left alone.
+    """
+    network = copy.deepcopy(network).eval()
+    fixed = detector.output_layers(network)
+    layers = {
+        name: tuple(layer for layer in facts if layer.startswith(f"{name}."))
+        for name, module in network.named_modules()
+        if name and any(True for _ in module.children())
+    }
+    calls = block_calls(
+        network, detector.preprocess.size, {name for name, inside in layers.items() if inside}
+    )
+    found = []
+    for name, pairs in calls.items():
+        alone = len(pairs) == 1 and fixed.isdisjoint(layers[name]) and not shares_weights(network, name)
+        if alone and all(isinstance(one, Tensor) for one in pairs[0]) and gates_of(*pairs[0]) is not None:
+            found.append(name)
+    innermost = [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+    order = {layer: position for position, layer in enumerate(facts)}
+    innermost.sort(key=lambda name: order[layers[name][0]])
+    return {name: GateSite(name, layers[name]) for name in innermost}
+
+
+def gates_of(read: Tensor, written: Tensor) -> Tensor | None:
+    """The gates `(N, C)` of a block that made `written` `(N, C, H, W)` of `read`; None where it has none.
+
+    They are read where a channel is largest; a channel that is 0 everywhere has the gate 1.
+    """
+    if read.dim() != 4 or read.shape != written.shape or read.shape[2] * read.shape[3] < FEW:
+        return None
+    flat, out = read.flatten(2), written.flatten(2)
+    places = flat.abs().argmax(dim=2, keepdim=True)
+    largest = flat.gather(2, places)
+    gates = torch.where(largest == 0, 1.0, out.gather(2, places) / torch.where(largest == 0, 1.0, largest))
+    same = (flat * gates - out).abs().max() <= TOLERANCE * out.abs().max()
+    return gates.squeeze(2) if bool(same) and bool(largest.any()) else None
+
+
+def replace_gates(network: nn.Module, gates: Mapping[str, Tensor]) -> None:
+    """Put a `ConstantGate` in the place of each block, by name."""
+    for name, values in gates.items():
+        network.set_submodule(name, ConstantGate(values))
+
+
+def gates_at_rest(block: nn.Module, channels: int) -> Tensor:
+    """The gates `(channels,)` of a gating block that sees next to nothing, where no data says better."""
+    faint = torch.full((1, channels, FEW, FEW), 1e-3)
+    with torch.no_grad():
+        gates = gates_of(faint, copy.deepcopy(block).eval()(faint))
+    return torch.ones(channels) if gates is None else gates[0]
