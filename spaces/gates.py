@@ -9,9 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spaces.calls import block_calls, shares_weights
-from spaces.detectors.base import Detector
-from spaces.layers import LayerFacts
+from spaces.blocks import Block, innermost
 
 FEW = 4
 """Positions that a map must have for a gate to show: one number would be the same everywhere."""
@@ -46,33 +44,14 @@ class ConstantGate(nn.Module):
         return x * self.gates[:, None, None]
 
 
-def gate_sites(
-    detector: Detector, network: nn.Module, facts: Mapping[str, LayerFacts]
-) -> dict[str, GateSite]:
-    """Gating blocks by module name, innermost ones only, in order of execution.
+def gate_sites(blocks: list[Block]) -> dict[str, GateSite]:
+    """Gating ones of the blocks by module name, innermost ones only, in order of execution.
 
     A block gates where what it returns is what it takes times one number a channel. That needs no knowledge
-    of the family. Blocks that run more than once, share weights or hold output layers are left alone.
+    of the family.
     """
-    network = copy.deepcopy(network).eval()
-    fixed = detector.output_layers(network)
-    layers = {
-        name: tuple(layer for layer in facts if layer.startswith(f"{name}."))
-        for name, module in network.named_modules()
-        if name and any(True for _ in module.children())
-    }
-    calls = block_calls(
-        network, detector.preprocess.size, {name for name, inside in layers.items() if inside}
-    )
-    found = []
-    for name, pairs in calls.items():
-        alone = len(pairs) == 1 and fixed.isdisjoint(layers[name]) and not shares_weights(network, name)
-        if alone and all(isinstance(one, Tensor) for one in pairs[0]) and gates_of(*pairs[0]) is not None:
-            found.append(name)
-    innermost = [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
-    order = {layer: position for position, layer in enumerate(facts)}
-    innermost.sort(key=lambda name: order[layers[name][0]])
-    return {name: GateSite(name, layers[name]) for name in innermost}
+    gating = innermost(blocks, lambda block: gates_of(block.read, block.written) is not None)
+    return {block.name: GateSite(block.name, block.layers) for block in gating}
 
 
 def gates_of(read: Tensor, written: Tensor) -> Tensor | None:

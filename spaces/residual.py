@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spaces.calls import block_calls, shares_weights
-from spaces.detectors.base import Detector
-from spaces.layers import LayerFacts
+from spaces.blocks import Block, innermost
 
 
 @dataclass(frozen=True)
@@ -27,46 +24,22 @@ class ResidualSite:
     layers: tuple[str, ...]
 
 
-def residual_sites(
-    detector: Detector, network: nn.Module, facts: Mapping[str, LayerFacts]
-) -> dict[str, ResidualSite]:
-    """Residual blocks by module name, innermost ones only, in order of execution.
+def residual_sites(blocks: list[Block]) -> dict[str, ResidualSite]:
+    """Residual ones of the blocks by module name, innermost ones only, in order of execution.
 
     A block is residual where it gives back its input once all its weights are 0: `x + f(x)` does, and so does
-    `relu(x + f(x))` of what is not negative. That needs no knowledge of the family. Blocks that run more than
-    once, share weights with others or hold output layers are left alone.
+    `relu(x + f(x))` of what is not negative. That needs no knowledge of the family.
     """
-    network = copy.deepcopy(network).eval()
-    fixed = detector.output_layers(network)
-    layers = {
-        name: tuple(layer for layer in facts if layer.startswith(f"{name}."))
-        for name, module in network.named_modules()
-        if name and any(True for _ in module.children())
-    }
-    calls = block_calls(
-        network, detector.preprocess.size, {name for name, inside in layers.items() if inside}
-    )
-    found: dict[str, ResidualSite] = {}
-    for name, pairs in calls.items():
-        inside = layers[name]
-        if len(pairs) == 1 and fixed.isdisjoint(inside) and not shares_weights(network, name):
-            read, written = pairs[0]
-            same = isinstance(read, Tensor) and isinstance(written, Tensor) and read.shape == written.shape
-            if same and _gives_back(network.get_submodule(name), read):
-                found[name] = ResidualSite(name, inside)
-    innermost = [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
-    order = {layer: position for position, layer in enumerate(facts)}
-    innermost.sort(key=lambda name: order[found[name].layers[0]])
-    return {name: found[name] for name in innermost}
+    return {b.name: ResidualSite(b.name, b.layers) for b in innermost(blocks, _gives_back)}
 
 
-def _gives_back(block: nn.Module, read: Tensor) -> bool:
+def _gives_back(block: Block) -> bool:
     """True where a block without weights is the identity on what it reads."""
-    silent = copy.deepcopy(block).eval()
+    silent = copy.deepcopy(block.module)
     state: list[Tensor] = list(silent.parameters())
     # Frozen norms hold scale and shift as buffers.
     state += [b for n, b in silent.named_buffers() if n.rpartition(".")[2] in ("weight", "bias")]
     with torch.no_grad():
         for tensor in state:
             tensor.zero_()
-        return bool(read.any()) and bool(torch.equal(silent(read.clone()), read))
+        return bool(block.read.any()) and bool(torch.equal(silent(block.read.clone()), block.read))

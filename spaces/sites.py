@@ -13,6 +13,7 @@ from torch import nn
 
 from spaces.activations import ActivationSite, activation_sites
 from spaces.best_boxes import SuppressionSite, suppression_site
+from spaces.blocks import blocks_of
 from spaces.detectors.base import Detector
 from spaces.gates import GateSite, gate_sites
 from spaces.inputs import InputSite, Size, input_site
@@ -126,16 +127,17 @@ def find_sites(
     layer = {site.name: site for site in _layer_sites(facts, siblings=False)}
     if max_sites is not None and len(channel) + len(layer) > max_sites:
         layer = {site.name: site for site in _layer_sites(facts, siblings=True)}
+    blocks = blocks_of(detector, copy.deepcopy(network).eval(), facts)
     return Sites(
         channel,
         layer,
         facts,
         activation_sites(detector, network, facts),
-        residual_sites(detector, network, facts),
+        residual_sites(blocks),
         input_site(detector.preprocess.size, facts, network, resized) if resized else None,
         proposal_sites(network, facts),
         suppression_site(detector, network, topk) if topk else None,
-        gate_sites(detector, network, facts),
+        gate_sites(blocks),
     )
 
 

@@ -65,6 +65,7 @@ def init(
     from evaluators.datasets.base import DataConfig, load_splits
     from evaluators.datasets.coco import annotation_files
     from spaces.activations import COSTLY
+    from spaces.blocks import blocks_of
     from spaces.detectors.published import weights_file
     from spaces.detectors.registry import make_detector
     from spaces.detectors.weights import load_weights
@@ -91,7 +92,8 @@ def init(
         checkpoint = checkpoint if weights != checkpoint.expanduser() else weights.absolute()
     costly = any(type(module) in COSTLY for module in network.modules())
     two_stages = any(isinstance(getattr(module, "proposals", None), int) for module in network.modules())
-    gates = gate_sites(detector, network, trace_layers(network, detector.preprocess.size))
+    facts = trace_layers(network, detector.preprocess.size)
+    gates = gate_sites(blocks_of(detector, network.eval(), facts))
     asked = {"activate": costly, "gate": bool(gates), "proposals": two_stages}
     methods = ["prune", "quantize", *(kind for kind, there in asked.items() if there), "topk"]
     names = [category.name for category in fit.categories]
