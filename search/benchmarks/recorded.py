@@ -113,15 +113,29 @@ def read_recorded(file: Path) -> Recorded:
         raise InputError(f"{file}: {where}", None, first["msg"]) from None
 
 
-def gathered(bench: Bench, studies: Sequence[SearchStudy]) -> Recorded:
+def gathered(bench: Bench, studies: Sequence[SearchStudy], earlier: Recorded | None = None) -> Recorded:
     """All recipes that the studies evaluated, each once; sensitivities and probes of the first that has them.
 
+    Args:
+        bench: of the studies.
+        studies: of one problem.
+        earlier: recipes that count, too: their studies may be gone.
+
     Raises:
-        InputError: a study was made under other conditions than the first, or none has sensitivities.
+        InputError: a study or the earlier recipes were made under other conditions than the first study, or
+            none has sensitivities.
     """
     require_one_problem(studies)
     table, first = SpaceTable(bench.space), studies[0]
     rows: dict[str, tuple[str, float, float]] = {}
+    if earlier is not None:
+        different = sorted(k for k, v in first.fingerprint.items() if earlier.conditions.get(k) != v)
+        if different:
+            raise InputError(
+                "--add", earlier.detector, f"differs from {first.name} in {', '.join(different)}"
+            )
+        known_rows = zip(earlier.source, earlier.map, earlier.ratio, strict=True)
+        rows.update(zip(earlier.recipes, known_rows, strict=True))
     for study in studies:
         found = finished_trials(table, study.optuna.get_trials(deepcopy=False))
         for code, ap, ratio in zip(encoded(found.options), found.map, found.ratio, strict=True):

@@ -27,16 +27,20 @@ def gather(
     storage: Storage = DEFAULT_STORAGE,
     data: Data = None,
     checkpoint: Checkpoint = None,
+    add: Annotated[
+        Path | None,
+        typer.Option("--add", help="A file of earlier recipes of the same problem.", metavar="FILE"),
+    ] = None,
     output: Annotated[Path, typer.Option("--output", help="The file to write.", metavar="FILE")] = RECIPES,
 ) -> int:
     """Write all recipes that some studies evaluated into one small file, for `benchmark search`."""
     from evaluators.bench import Bench
-    from search.benchmarks.recorded import gathered
+    from search.benchmarks.recorded import gathered, read_recorded
     from search.study import load_study
 
     studies = [load_study(name, url=storage) for name in study]
     bench = Bench(config_of(studies[0], overrides(data, checkpoint)).bench)
-    recorded = gathered(bench, studies)
+    recorded = gathered(bench, studies, None if add is None else read_recorded(add))
     recorded.write(output)
     say(f"{len(recorded.recipes)} recipes of {len(studies)} studies in {output}")
     return 0
