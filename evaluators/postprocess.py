@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from spaces.best_boxes import BestBoxes, best_of_each_box, best_pairs
+from spaces.best_boxes import best_decoded
 from spaces.detectors.base import Category, Detector, Postprocess
 from spaces.suppression import suppress
 
@@ -44,17 +45,12 @@ class WholeDetector(nn.Module):
         corner = torch.tensor([width, height, width, height], dtype=torch.float32)
         self.register_buffer("far_corner", corner, persistent=False)
 
-    def forward(self, images: Tensor) -> BestBoxes:
-        outputs, limit = self.network(images), self.postprocess.pre_nms_topk
-        own = getattr(self.detector, "best_boxes", None)
-        if own is not None:
-            return self.suppressed(*own(outputs, limit))
-        boxes, scores = self.detector.decode(outputs)
-        best = best_pairs if getattr(self.detector, "multi_label", False) else best_of_each_box
-        return self.suppressed(*best(boxes[0], scores[0], limit))
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        own = getattr(self.detector, "best_boxes", partial(best_decoded, self.detector))
+        return self.suppressed(*own(self.network(images), self.postprocess.pre_nms_topk))
 
-    def suppressed(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> BestBoxes:
-        """Final boxes, scores and labels out of candidates.
+    def suppressed(self, boxes: Tensor, scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Final boxes, scores and labels out of the best boxes.
 
         Boxes are kept inside the image; a class moved by more than its side then overlaps no other class, so
         one suppression over all boxes does the work of one per class.

@@ -1,4 +1,4 @@
-"""BestBoxes for suppression: the best of a detector's boxes, before any of them goes for another."""
+"""What goes into suppression: the best of a detector's boxes, before any of them goes for another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spaces.detectors.base import Detector
+from spaces.detectors.base import Detector, Outputs
 
 SUPPRESSION = "suppression"
 """The site where the number of boxes that go into suppression is chosen."""
@@ -40,6 +40,18 @@ def best_pairs(boxes: Tensor, scores: Tensor, limit: int) -> BestBoxes:
     return (boxes[held, classes] if boxes.dim() == 3 else boxes[held]), best, classes
 
 
+def best_decoded(detector: Detector, outputs: Outputs, limit: int) -> BestBoxes:
+    """The best of all that a detector decodes of the raw outputs of one image."""
+    boxes, scores = detector.decode(outputs)
+    best = best_pairs if _pairs_count(detector) else best_of_each_box
+    return best(boxes[0], scores[0], limit)
+
+
+def _pairs_count(detector: Detector) -> bool:
+    """True where every pair of a box and a class may become a detection."""
+    return bool(getattr(detector, "multi_label", False))
+
+
 @dataclass(frozen=True)
 class SuppressionSite:
     """What goes into suppression on the base.
@@ -56,4 +68,4 @@ def suppression_site(detector: Detector, network: nn.Module, limit: int) -> Supp
     with torch.no_grad():
         outputs = copy.deepcopy(network).eval()(torch.zeros(1, 3, *detector.preprocess.size))
         _, boxes, classes = detector.decode(outputs)[1].shape
-    return SuppressionSite(min(limit, boxes * (classes if getattr(detector, "multi_label", False) else 1)))
+    return SuppressionSite(min(limit, boxes * (classes if _pairs_count(detector) else 1)))

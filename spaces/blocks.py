@@ -53,10 +53,24 @@ def blocks_of(detector: Detector, network: nn.Module, facts: Mapping[str, LayerF
     return sorted(found, key=lambda block: order[block.layers[0]])
 
 
-def innermost(blocks: list[Block], wanted: Callable[[Block], bool]) -> list[Block]:
-    """The wanted blocks that hold no other wanted one."""
+@dataclass(frozen=True)
+class BlockSite:
+    """A block that may be replaced.
+
+    Attributes:
+        name: of the module.
+        layers: inside it, in order of execution.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+
+
+def innermost(blocks: list[Block], wanted: Callable[[Block], bool]) -> dict[str, BlockSite]:
+    """The wanted blocks that hold no other wanted one, by name, in order of execution."""
     kept = [block for block in blocks if wanted(block)]
-    return [b for b in kept if not any(other.name.startswith(f"{b.name}.") for other in kept)]
+    alone = [b for b in kept if not any(other.name.startswith(f"{b.name}.") for other in kept)]
+    return {block.name: BlockSite(block.name, block.layers) for block in alone}
 
 
 def _calls(network: nn.Module, size: tuple[int, int], names: list[str]) -> dict[str, list[tuple[Any, Any]]]:

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from spaces.blocks import Block, innermost
+from spaces.blocks import Block, BlockSite, innermost
 
 FEW = 4
 """Positions that a map must have for a gate to show: one number would be the same everywhere."""
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class GateSite:
-    """A block that gates channels (Hu et al. 2018, arXiv 1709.01507).
-
-    Attributes:
-        name: of the module.
-        layers: inside it; the last one puts out a number for each channel.
-    """
-
-    name: str
-    layers: tuple[str, ...]
 
 
 class ConstantGate(nn.Module):
@@ -44,14 +30,13 @@ class ConstantGate(nn.Module):
         return x * self.gates[:, None, None]
 
 
-def gate_sites(blocks: list[Block]) -> dict[str, GateSite]:
-    """Gating ones of the blocks by module name, innermost ones only, in order of execution.
+def gate_sites(blocks: list[Block]) -> dict[str, BlockSite]:
+    """Gating ones of the blocks (Hu et al. 2018, arXiv 1709.01507), innermost ones only, as they run.
 
-    A block gates where what it returns is what it takes times one number a channel. That needs no knowledge
-    of the family.
+    A block gates where what it returns is what it takes times one number a channel, which its last layer puts
+    out. That needs no knowledge of the family.
     """
-    gating = innermost(blocks, lambda block: gates_of(block.read, block.written) is not None)
-    return {block.name: GateSite(block.name, block.layers) for block in gating}
+    return innermost(blocks, lambda block: gates_of(block.read, block.written) is not None)
 
 
 def gates_of(read: Tensor, written: Tensor) -> Tensor | None:

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spaces.blocks import Block, innermost
+from spaces.blocks import Block, BlockSite, innermost
 
 
-@dataclass(frozen=True)
-class ResidualSite:
-    """A block that can be left out.
-
-    Attributes:
-        name: of the module.
-        layers: inside it.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-
-
-def residual_sites(blocks: list[Block]) -> dict[str, ResidualSite]:
+def residual_sites(blocks: list[Block]) -> dict[str, BlockSite]:
     """Residual ones of the blocks by module name, innermost ones only, in order of execution.
 
     A block is residual where it gives back its input once all its weights are 0: `x + f(x)` does, and so does
     `relu(x + f(x))` of what is not negative. That needs no knowledge of the family.
     """
-    return {b.name: ResidualSite(b.name, b.layers) for b in innermost(blocks, _gives_back)}
+    return innermost(blocks, _gives_back)
 
 
 def _gives_back(block: Block) -> bool:

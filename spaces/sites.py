@@ -13,14 +13,14 @@ from torch import nn
 
 from spaces.activations import ActivationSite, activation_sites
 from spaces.best_boxes import SuppressionSite, suppression_site
-from spaces.blocks import blocks_of
+from spaces.blocks import BlockSite, blocks_of
 from spaces.detectors.base import Detector
-from spaces.gates import GateSite, gate_sites
+from spaces.gates import gate_sites
 from spaces.inputs import InputSite, Size, input_site
 from spaces.layers import LayerFacts, trace_layers
 from spaces.norms import NORMS, in_whole_groups
 from spaces.proposals import ProposalSite, proposal_sites
-from spaces.residual import ResidualSite, residual_sites
+from spaces.residual import residual_sites
 from spaces.slicing import channels_left, slice_layers
 from spaces.tracing import dependency_graph
 
@@ -80,11 +80,11 @@ class Sites:
     layer: Mapping[str, LayerSite]
     facts: Mapping[str, LayerFacts]
     activation: Mapping[str, ActivationSite] = field(default_factory=dict)
-    residual: Mapping[str, ResidualSite] = field(default_factory=dict)
+    residual: Mapping[str, BlockSite] = field(default_factory=dict)
     input: InputSite | None = None
     proposals: Mapping[str, ProposalSite] = field(default_factory=dict)
     suppression: SuppressionSite | None = None
-    gate: Mapping[str, GateSite] = field(default_factory=dict)
+    gate: Mapping[str, BlockSite] = field(default_factory=dict)
 
     def widths(self, kept: Mapping[str, int], gone: Collection[str] = ()) -> dict[str, tuple[int, int]]:
         """Input and output channels of every layer when `kept` channels are left, by site (others: all).

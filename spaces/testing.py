@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from spaces.apply import apply, same_state
-from spaces.best_boxes import best_of_each_box, best_pairs
+from spaces.best_boxes import best_decoded
 from spaces.detectors.base import Detector, Labels, Outputs
 from spaces.layers import is_layer, trace_layers
 from spaces.recipe import Prune, Recipe
@@ -149,9 +149,7 @@ class DetectorContract:
         if own is None:
             return  # nothing is promised
         outputs = outputs_of(lively_network(detector), noise(detector, 1))
-        boxes, scores = detector.decode(outputs)
-        best = best_pairs if getattr(detector, "multi_label", False) else best_of_each_box
-        for ours, plain in zip(own(outputs, limit), best(boxes[0], scores[0], limit), strict=True):
+        for ours, plain in zip(own(outputs, limit), best_decoded(detector, outputs, limit), strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-3)
 
     def test_output_layers_are_layers(self, detector: Detector) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from search.sampler import FrontSampler
 from search.seeds import seed_recipes
 from search.strategy import SAMPLERS
 from search.trials import TrialWriter
+from spaces.errors import InputError
 from spaces.recipe import identity
 from spaces.table import SpaceTable
 
@@ -161,3 +162,10 @@ CONTENDERS: dict[str, Contender] = {
     "front, solver alone": _ours(mutations=0.0),
     "front": _ours(),
 }
+
+
+def require_contenders(names: Iterable[str]) -> None:
+    """Raises InputError for a name that is not compared."""
+    for name in names:
+        if name not in CONTENDERS:
+            raise InputError("--sampler", name, f"choose from {', '.join(CONTENDERS)}")

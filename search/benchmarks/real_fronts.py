@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 
 from search.benchmarks.contenders import CONTENDERS, known_from
-from search.benchmarks.recorded import Recorded, decoded, encoded
+from search.benchmarks.recorded import Recorded, decoded, encoded, require_its_problem
 from search.benchmarks.replay import normalised_volume, replay
 from search.benchmarks.reports import table, write
 from search.benchmarks.surrogate import Surrogate
 from search.knowledge import finished_trials
 from search.study import SearchStudy
-from spaces.errors import InputError
 from spaces.table import SpaceTable
 
 STORED = "fronts"
@@ -96,9 +95,7 @@ def enqueue(study: SearchStudy, recorded: Recorded, fronts: Sequence[ReplayedFro
     Raises:
         InputError: it is of another problem than the recorded recipes.
     """
-    different = sorted(k for k, v in recorded.conditions.items() if study.fingerprint.get(k) != v)
-    if different:
-        raise InputError("study", study.name, f"differs from the recipes in {', '.join(different)}")
+    require_its_problem(study, recorded)
     space = recorded.table()
     study.optuna.set_user_attr(STORED, [asdict(front) for front in fronts])
     study.optuna.enqueue_trial(space.space.identity_params())
@@ -137,13 +134,9 @@ def confirmed(study: SearchStudy, space: SpaceTable, base_map: float) -> list[Co
         base_map: of the base on select, AP in 0..100, as the recorded recipes have it.
     """
     finished = finished_trials(space, study.optuna.get_trials(deepcopy=False))
-    points = dict(
-        zip(
-            encoded(finished.options),
-            zip((base_map - finished.map).tolist(), finished.ratio.tolist(), strict=True),
-            strict=True,
-        )
-    )
+    lost = (base_map - finished.map).tolist()
+    figures = zip(lost, finished.ratio.tolist(), strict=True)
+    points = dict(zip(encoded(finished.options), figures, strict=True))
     rows = []
     for front in stored_fronts(study):
         held = [points[code] for code in front.recipes if code in points]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,11 +129,7 @@ def gathered(bench: Bench, studies: Sequence[SearchStudy], earlier: Recorded | N
     table, first = SpaceTable(bench.space), studies[0]
     rows: dict[str, tuple[str, float, float]] = {}
     if earlier is not None:
-        different = sorted(k for k, v in first.fingerprint.items() if earlier.conditions.get(k) != v)
-        if different:
-            raise InputError(
-                "--add", earlier.detector, f"differs from {first.name} in {', '.join(different)}"
-            )
+        _refuse_other("--add", earlier.detector, earlier.conditions, first.name, first.fingerprint)
         known_rows = zip(earlier.source, earlier.map, earlier.ratio, strict=True)
         rows.update(zip(earlier.recipes, known_rows, strict=True))
     for study in studies:
@@ -172,9 +168,20 @@ def require_one_problem(studies: Sequence[SearchStudy]) -> None:
     """Raises InputError where a study was made under other conditions than the first."""
     first = studies[0]
     for study in studies[1:]:
-        different = sorted(k for k, v in first.fingerprint.items() if study.fingerprint.get(k) != v)
-        if different:
-            raise InputError("study", study.name, f"differs from {first.name} in {', '.join(different)}")
+        _refuse_other("study", study.name, study.fingerprint, first.name, first.fingerprint)
+
+
+def require_its_problem(study: SearchStudy, recorded: Recorded) -> None:
+    """Raises InputError where a study is of other conditions than the recorded recipes."""
+    _refuse_other("study", study.name, study.fingerprint, "the recipes", recorded.conditions)
+
+
+def _refuse_other(
+    field: str, value: str, theirs: Mapping[str, Any], named: str, wanted: Mapping[str, Any]
+) -> None:
+    different = sorted(key for key, said in wanted.items() if theirs.get(key) != said)
+    if different:
+        raise InputError(field, value, f"differs from {named} in {', '.join(different)}")
 
 
 def encoded(options: Options) -> list[str]:

@@ -46,7 +46,7 @@ def fronts(
 
     from evaluators.bench import Bench
     from evaluators.signature import machine_signature
-    from search.benchmarks.contenders import CONTENDERS
+    from search.benchmarks.contenders import require_contenders
     from search.benchmarks.real_fronts import (
         confirmed,
         enqueue,
@@ -57,12 +57,9 @@ def fronts(
     from search.benchmarks.recorded import read_recorded
     from search.commands.search import open_for
     from search.config import load_config
-    from spaces.errors import InputError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    for name in sampler or []:
-        if name not in CONTENDERS:
-            raise InputError("--sampler", name, f"choose from {'; '.join(CONTENDERS)}")
+    require_contenders(sampler or ())
     recorded = read_recorded(recipes)
     settings = load_config(config, overrides(data, checkpoint) | {"name": study})
     opened = open_for(settings, Bench(settings.bench), storage)

@@ -72,6 +72,7 @@ def init(
     from spaces.errors import InputError
     from spaces.gates import gate_sites
     from spaces.layers import trace_layers
+    from spaces.proposals import proposal_sites
 
     root = data.expanduser().absolute()
     file = output or Path(f"{_slug(model)}_{_slug(root.name)}.yaml")
@@ -91,10 +92,9 @@ def init(
         load_weights(network, weights, detector, fit.categories)
         checkpoint = checkpoint if weights != checkpoint.expanduser() else weights.absolute()
     costly = any(type(module) in COSTLY for module in network.modules())
-    two_stages = any(isinstance(getattr(module, "proposals", None), int) for module in network.modules())
     facts = trace_layers(network, detector.preprocess.size)
     gates = gate_sites(blocks_of(detector, network.eval(), facts))
-    asked = {"activate": costly, "gate": bool(gates), "proposals": two_stages}
+    asked = {"activate": costly, "gate": bool(gates), "proposals": bool(proposal_sites(network, facts))}
     methods = ["prune", "quantize", *(kind for kind, there in asked.items() if there), "topk"]
     names = [category.name for category in fit.categories]
     divided = splits["select"].source == fit.source and "[" in fit.name

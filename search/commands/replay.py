@@ -61,17 +61,14 @@ def replay_search(
     import optuna
 
     from evaluators.signature import machine_signature
-    from search.benchmarks.contenders import CONTENDERS
+    from search.benchmarks.contenders import CONTENDERS, require_contenders
     from search.benchmarks.recorded import read_recorded
     from search.benchmarks.replay import compare
     from search.benchmarks.replay_report import write_replay
-    from spaces.errors import InputError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     names = sampler or list(CONTENDERS)
-    for name in names:
-        if name not in CONTENDERS:
-            raise InputError("--sampler", name, f"choose from {', '.join(CONTENDERS)}")
+    require_contenders(names)
     recorded = read_recorded(recipes)
     surrogate, outcomes = compare(recorded, names, seeds, trials, say)
     facts = {

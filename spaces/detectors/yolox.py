@@ -97,12 +97,8 @@ class YoloX:
             for level, (height, width) in zip(outputs, self._levels, strict=True)
         ]
         raw = torch.cat(flat, dim=2)  # (N, 5 + C, A)
-        strides = self._strides.to(raw)
-        centre = raw[:, 0:2] * strides + self._corners.to(raw)
-        half = torch.exp(raw[:, 2:4] + torch.log(strides / 2))
-        boxes = torch.cat((centre - half, centre + half), dim=1)
         scores = raw[:, 4:5].sigmoid() * raw[:, 5:].sigmoid()
-        return boxes.transpose(1, 2), scores.transpose(1, 2)
+        return self._boxes(raw[:, :4], slice(None)), scores.transpose(1, 2)
 
     def best_boxes(self, outputs: Outputs, limit: int) -> BestBoxes:
         """The best cells of one image; see `Detector`.
@@ -115,11 +111,14 @@ class YoloX:
         places, logits = raw[:, :5].T, raw[:, 5:]
         scores = places[4].sigmoid() * logits.amax(dim=1).sigmoid()
         rows = best_rows(scores, limit)
-        places, strides = places[:4, rows], self._strides.to(raw)[rows]
-        centre = places[:2] * strides + self._corners.to(raw)[:, rows]
-        half = torch.exp(places[2:]) * (strides / 2)
-        boxes = torch.cat((centre - half, centre + half)).T
-        return boxes, scores[rows], logits[rows].T.argmax(dim=0)
+        return self._boxes(places[:4, rows], rows), scores[rows], logits[rows].T.argmax(dim=0)
+
+    def _boxes(self, places: Tensor, rows: Tensor | slice) -> Tensor:
+        """Boxes `(..., K, 4)` xyxy in pixels of the first four outputs `(..., 4, K)` of some of the cells."""
+        strides = self._strides.to(places)[rows]
+        centre = places[..., :2, :] * strides + self._corners.to(places)[:, rows]
+        half = torch.exp(places[..., 2:, :]) * (strides / 2)
+        return torch.cat((centre - half, centre + half), dim=-2).transpose(-2, -1)
 
     def class_layers(self) -> dict[str, tuple[int, int]]:
         """The class predictors, without background; see `Detector`."""

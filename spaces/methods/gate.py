@@ -38,22 +38,21 @@ class ConstantGates:
         """Replace the blocks; their layers keep no bit-widths."""
         blocks = [choice.site for choice in choices if isinstance(choice, Gate) and choice.constant]
         for block in blocks:
-            layers = sites.gate[block].layers
-            kept = draft.channels[layers[-1]].out if layers[-1] in draft.channels else None
-            replace_gates(draft.network, {block: _gates(draft, block, sites, statistics, kept)})
-            draft.gates[block] = len(draft.network.get_submodule(block).get_parameter("gates"))
-            for layer in layers:
+            gates = _gates(draft, block, sites, statistics)
+            replace_gates(draft.network, {block: gates})
+            draft.gates[block] = len(gates)
+            for layer in sites.gate[block].layers:
                 draft.bits.pop(layer, None)
                 draft.codebooks.pop(layer, None)
                 draft.channels.pop(layer, None)
                 draft.factors.pop(layer, None)
 
 
-def _gates(
-    draft: Draft, block: str, sites: Sites, statistics: Statistics, kept: tuple[int, ...] | None
-) -> Tensor:
-    channels = sites.facts[sites.gate[block].layers[-1]].outputs
-    indices = torch.arange(channels) if kept is None else torch.tensor(kept)
+def _gates(draft: Draft, block: str, sites: Sites, statistics: Statistics) -> Tensor:
+    """Of the channels that are left."""
+    last = sites.gate[block].layers[-1]
+    kept = draft.channels[last].out if last in draft.channels else None
+    indices = torch.arange(sites.facts[last].outputs) if kept is None else torch.tensor(kept)
     if block in statistics:
         return statistics[block].float()[indices]
     return gates_at_rest(draft.network.get_submodule(block), len(indices))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from evaluators.bench_config import BenchConfig, LatencyConfig
+from evaluators.bench_config import BenchConfig, LatencyConfig, SpaceConfig
 from evaluators.datasets.base import DataConfig, load_splits
 from evaluators.datasets.digits import write_digits
 from evaluators.datasets.letterbox import LetterboxedImages
@@ -16,7 +16,8 @@ from evaluators.pipeline import CandidateWorker
 from evaluators.quiet import QuietSlot
 from spaces.detectors.base import Detector
 from spaces.detectors.registry import make_detector
-from spaces.detectors.weights import load_weights
+from spaces.detectors.weights import load_weights, save_weights
+from spaces.testing import lively_network
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
 
@@ -73,5 +74,19 @@ def make_worker(few_digits: Path, tmp_path_factory: pytest.TempPathFactory) -> C
         worker = CandidateWorker(config, folder / "artifacts")
         worker.bench.slot = QuietSlot(folder / "slot")  # so that studies on this machine are not held up
         return worker
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_lively_worker(
+    make_worker: Callable[..., CandidateWorker], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., CandidateWorker]:
+    """Makes workers at 96 pixels on weights of a detector that answer noise, with methods of a space."""
+
+    def make(model: str, *methods: str) -> CandidateWorker:
+        file = tmp_path_factory.mktemp("weights") / "lively.safetensors"
+        save_weights(lively_network(make_detector(model, 10, (96, 96))), file)
+        return make_worker(model=model, checkpoint=file, size=(96, 96), space=SpaceConfig(methods=methods))
 
     return make

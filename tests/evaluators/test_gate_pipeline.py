@@ -11,7 +11,6 @@ import pytest
 import torch
 from torchvision.ops import SqueezeExcitation
 
-from evaluators.bench_config import SpaceConfig
 from evaluators.evaluation import Evaluation
 from evaluators.gates import mean_gates
 from evaluators.jobs import Job
@@ -20,24 +19,15 @@ from evaluators.pipeline import CandidateWorker
 from evaluators.teacher import batch_of
 from evaluators.torch_session import TorchSession
 from spaces.apply import rebuild
-from spaces.detectors.registry import make_detector
-from spaces.detectors.weights import save_weights
 from spaces.gates import ConstantGate
 from spaces.recipe import Gate, Prune, Quantize, Recipe
-from spaces.testing import lively_network
 
 NAME = "ssdlite_digits"
 
 
 @pytest.fixture(scope="module")
-def worker(
-    make_worker: Callable[..., CandidateWorker], tmp_path_factory: pytest.TempPathFactory
-) -> CandidateWorker:
-    """On weights that answer noise."""
-    file = tmp_path_factory.mktemp("weights") / "lively.safetensors"
-    save_weights(lively_network(make_detector(NAME, 10, (96, 96))), file)
-    space = SpaceConfig(methods=("prune", "quantize", "gate"))
-    return make_worker(model=NAME, checkpoint=file, size=(96, 96), space=space)
+def worker(make_lively_worker: Callable[..., CandidateWorker]) -> CandidateWorker:
+    return make_lively_worker(NAME, "prune", "quantize", "gate")
 
 
 def test_means_are_those_of_the_blocks_own_gates(worker: CandidateWorker) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import onnx
 import pytest
 
-from evaluators.bench_config import SpaceConfig
 from evaluators.evaluation import Evaluation
 from evaluators.jobs import Job
 from evaluators.latency_model import LatencyModel, features, fit_latency
@@ -17,25 +16,16 @@ from evaluators.parity import require_parity
 from evaluators.pipeline import CandidateWorker
 from evaluators.torch_session import TorchSession
 from spaces.apply import rebuild
-from spaces.detectors.registry import make_detector
-from spaces.detectors.weights import save_weights
 from spaces.recipe import Proposals, Recipe, identity
 from spaces.table import SpaceTable
-from spaces.testing import lively_network
 
 NAME = "fasterrcnn_digits"
 SITE = "roi_heads"
 
 
 @pytest.fixture(scope="module")
-def worker(
-    make_worker: Callable[..., CandidateWorker], tmp_path_factory: pytest.TempPathFactory
-) -> CandidateWorker:
-    """On weights that answer noise."""
-    file = tmp_path_factory.mktemp("weights") / "lively.safetensors"
-    save_weights(lively_network(make_detector(NAME, 10, (96, 96))), file)
-    space = SpaceConfig(methods=("prune", "quantize", "proposals"))
-    return make_worker(model=NAME, checkpoint=file, size=(96, 96), space=space)
+def worker(make_lively_worker: Callable[..., CandidateWorker]) -> CandidateWorker:
+    return make_lively_worker(NAME, "prune", "quantize", "proposals")
 
 
 def of(share: float) -> Recipe:
