@@ -16,7 +16,7 @@ from search.commands.options import (
     Data,
     Storage,
     StudyName,
-    benchmark_command,
+    benchmark_facts,
     overrides,
     say,
 )
@@ -45,7 +45,6 @@ def fronts(
     import optuna
 
     from evaluators.bench import Bench
-    from evaluators.signature import machine_signature
     from search.benchmarks.contenders import require_contenders
     from search.benchmarks.real_fronts import (
         confirmed,
@@ -75,7 +74,6 @@ def fronts(
         return 0
     rows = confirmed(opened, recorded.table(), recorded.base_map)
     report = output / f"fronts_{recorded.detector.replace(':', '_')}.md"
-    facts = {"cpu": machine_signature()["cpu"], "command": benchmark_command()}
-    write_confirmed(report, recorded, rows, facts)
+    write_confirmed(report, recorded, rows, benchmark_facts())
     say(report.read_text())
     return 0

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from search.commands.options import DEFAULT_STORAGE, RESULTS, Storage, benchmark_command, say
+from search.commands.options import DEFAULT_STORAGE, RESULTS, Storage, benchmark_facts, say
 
 
 def live(
@@ -16,9 +16,6 @@ def live(
     output: Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")] = RESULTS,
 ) -> int:
     """Compare studies of other samplers, seeds or rungs: hypervolume after equal time and equal trials."""
-    import time
-
-    from evaluators.signature import machine_signature
     from search.benchmarks.live import courses_of, write_courses
     from search.study import load_study
     from spaces.errors import InputError
@@ -27,11 +24,6 @@ def live(
         raise InputError("--study", study[0], "name at least two studies, each behind its own --study")
     courses = courses_of([load_study(name, url=storage) for name in study])
     report = output / f"live_{study[0]}.md"
-    facts = {
-        "cpu": machine_signature()["cpu"],
-        "command": benchmark_command(),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
-    write_courses(report, courses, facts)
+    write_courses(report, courses, benchmark_facts())
     say(report.read_text())
     return 0

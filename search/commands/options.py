@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +99,14 @@ def benchmark_command() -> str:
     """The command line of a benchmark as a report shows it."""
     given = [word for word in sys.argv[1:] if word != "benchmark"]  # the script leaves it out
     return shlex.join(["paredown", "benchmark", *given])
+
+
+def benchmark_facts(**versions: str) -> dict[str, str]:
+    """What a report says where no one target is behind it: CPU, versions, command and date."""
+    from evaluators.signature import machine_signature
+
+    when = time.strftime("%Y-%m-%d %H:%M")
+    return {"cpu": machine_signature()["cpu"], **versions, "command": benchmark_command(), "date": when}
 
 
 def say(line: str) -> None:

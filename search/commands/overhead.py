@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.commands.options import RESULTS, benchmark_command, say
+from search.commands.options import RESULTS, benchmark_facts, say
 
 if TYPE_CHECKING:
     from search.benchmarks.made_up import MadeUpSearch
@@ -75,13 +74,8 @@ def overhead(
         _trials(found, search, kinds, finished, asks)
     if "simulation" in wanted:
         _simulation(found, search, kinds, simulate or [64, 256, 1000])
-    facts = {key: str(value) for key, value in machine_signature().items()} | {
-        "optuna": optuna.__version__,
-        "ray": ray.__version__,
-        "sqlalchemy": sqlalchemy.__version__,
-        "command": benchmark_command(),
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-    }
+    versions = {module.__name__: module.__version__ for module in (optuna, ray, sqlalchemy)}
+    facts = {key: str(value) for key, value in machine_signature().items()} | benchmark_facts(**versions)
     report = output / "overhead.md"
     write_overhead(report, found, facts)
     say(report.read_text())

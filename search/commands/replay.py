@@ -13,7 +13,7 @@ from search.commands.options import (
     Checkpoint,
     Data,
     Storage,
-    benchmark_command,
+    benchmark_facts,
     config_of,
     overrides,
     say,
@@ -60,7 +60,6 @@ def replay_search(
     """Compare samplers on a surrogate of recorded recipes, in minutes."""
     import optuna
 
-    from evaluators.signature import machine_signature
     from search.benchmarks.contenders import CONTENDERS, require_contenders
     from search.benchmarks.recorded import read_recorded
     from search.benchmarks.replay import compare
@@ -71,11 +70,7 @@ def replay_search(
     require_contenders(names)
     recorded = read_recorded(recipes)
     surrogate, outcomes = compare(recorded, names, seeds, trials, say)
-    facts = {
-        "command": benchmark_command(),
-        "replayed on": machine_signature()["cpu"],
-        "optuna": optuna.__version__,
-    }
+    facts = benchmark_facts(optuna=optuna.__version__)
     report = output / f"replay_{recorded.detector.replace(':', '_')}.md"
     write_replay(report, recorded, surrogate, outcomes, facts)
     say(report.read_text())

@@ -12,7 +12,7 @@ from search.commands.options import (
     RESULTS,
     Storage,
     StudyName,
-    benchmark_command,
+    benchmark_facts,
     config_of,
     overrides,
     say,
@@ -26,7 +26,6 @@ def replay_rungs(
     output: Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")] = RESULTS,
 ) -> int:
     """Replay a study whose candidates were all trained to the end (search.keep: 1) with rungs that stop."""
-    from evaluators.signature import machine_signature
     from search.benchmarks.rung_replay import trained_in, write_replay
     from search.judge import base_evaluation
     from search.study import load_study
@@ -39,7 +38,6 @@ def replay_rungs(
     epochs = config_of(opened, overrides()).finetune.epochs
     trained = trained_in(opened, epochs, base.metrics["map"].value)
     report = output / f"rungs_{study}.md"
-    facts = {"cpu": machine_signature()["cpu"], "command": benchmark_command()}
-    write_replay(report, f"Rungs replayed on {study}", trained, facts, orders)
+    write_replay(report, f"Rungs replayed on {study}", trained, benchmark_facts(), orders)
     say(report.read_text())
     return 0
