@@ -43,7 +43,6 @@ class Strategy:
         problem: limits bound what is proposed.
         sampler: `front`, one of `SAMPLERS`, or `module:Class`, which is called with `seed`.
         seeds: measure sensitivities and latencies first and enqueue solved recipes; `front` needs it.
-        trials: of the whole study; the seeds take a share of them.
 
     Raises:
         InputError: an unknown sampler.
@@ -56,9 +55,8 @@ class Strategy:
         problem: Problem,
         sampler: str = "front",
         seeds: bool = True,
-        trials: int = 40,
     ) -> None:
-        self._study, self._trials = study, trials
+        self._study = study
         self._seeds = seeds or sampler == "front"
         self._make = None if sampler == "front" else sampler_named(sampler)
         self._space, self._table = bench.space, SpaceTable(bench.space)
@@ -84,7 +82,7 @@ class Strategy:
             return
         trials = self._study.optuna.get_trials(deepcopy=False)
         model = latency_learner(self._table, self._study)(finished_trials(self._table, trials))
-        seeds = [self._table.params(o) for o in seed_recipes(self._table, damage, model, self._trials)]
+        seeds = [self._table.params(o) for o in seed_recipes(self._table, damage, model)]
         for params in seeds:
             self._study.optuna.enqueue_trial(params, user_attrs={"origin": "seed"})
         for params in warm_seeds(self._study):

@@ -11,7 +11,6 @@ from search.experience import ExperienceReader, believed_loss
 from search.knowledge import PROBE, WARM
 from search.preparation import PREPARED
 from search.retention import front_numbers
-from search.seeds import MOST
 from search.sensitivity import CHUNKS, JOB, Sensitivity, sensitivity_jobs, stored_sensitivity
 from search.study import SearchStudy, differences_of
 from search.trials import JOB_PREFIX, recipe_of
@@ -32,6 +31,8 @@ DAMAGE = (
     "result version",
 )
 """What the damage of single options depends on, in the words of a study's fingerprint."""
+FRONT_SEEDS = 6
+"""Members of the other front that a study begins with, at most."""
 NOT_OF_PROBES = ("data fit", "data report", "fine-tuning", "importance", "space")
 """What latencies do not depend on; all else must agree for a probe to be taken over."""
 
@@ -149,5 +150,5 @@ def _front(source: SearchStudy, space: SearchSpace) -> list[dict[str, Any]]:
     found = sorted(((trials[n].values, n) for n in front_numbers(source)), key=lambda pair: pair[0])
     recipes = [recipe_of(trials[number]) for _, number in found]
     kept = [r for r in recipes if r is not None and not r.is_identity and space.contains(r)]
-    picked = sorted({round(k) for k in np.linspace(0, len(kept) - 1, min(MOST, len(kept)))})
+    picked = sorted({round(k) for k in np.linspace(0, len(kept) - 1, min(FRONT_SEEDS, len(kept)))})
     return [dict(space.params(kept[k])) for k in picked]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,13 +15,15 @@ from evaluators.evaluation import Evaluation, Measurement
 from search.benchmarks.recorded import Recorded, decoded
 from search.knowledge import Finished, LatencyLearner
 from search.sampler import FrontSampler
-from search.seeds import seed_recipes
+from search.seeds import SEEDS, seed_recipes
 from search.strategy import SAMPLERS
 from search.trials import TrialWriter
 from spaces.errors import InputError
 from spaces.recipe import identity
 from spaces.table import SpaceTable
 
+MANY_SEEDS = 15
+"""A sampler that learns nothing from the damage of single choices may gain by more solved seeds than ours."""
 LARGEST_LOSS = 7.5
 """As a search with `max_map_drop: 5.0` sets it."""
 
@@ -34,26 +36,24 @@ class Known:
         table: of the space.
         damage: `(P, O)` of single options, measured without training.
         latency: makes the latency model of the probes and the finished trials.
-        trials: of the whole study; the seeds take a share of them.
     """
 
     table: SpaceTable
     damage: NDArray[np.float64]
     latency: LatencyLearner
-    trials: int
 
-    def seeds(self) -> list[NDArray[np.int64]]:
-        """The recipes that a seeded study begins with, the base not among them."""
+    def seeds(self, count: int = SEEDS) -> list[NDArray[np.int64]]:
+        """The recipes that a seeded study begins with after its base, `count` of them solved for."""
         base = np.zeros((1, len(self.table.names)), np.int64)
         nothing = Finished(base, np.zeros(1), np.ones(1))
-        return seed_recipes(self.table, self.damage, self.latency(nothing), self.trials)
+        return seed_recipes(self.table, self.damage, self.latency(nothing), count)
 
 
-def known_from(recorded: Recorded, table: SpaceTable, trials: int) -> Known:
+def known_from(recorded: Recorded, table: SpaceTable) -> Known:
     """What the recorded studies measured before their first candidate."""
     probes = decoded(recorded.probes).reshape(-1, len(table.names))
     learner = LatencyLearner(table, probes, np.array(recorded.probe_ratio))
-    return Known(table, recorded.damages, learner, trials)
+    return Known(table, recorded.damages, learner)
 
 
 class Searcher(Protocol):
@@ -67,15 +67,15 @@ class Searcher(Protocol):
 
 
 class OptunaStudy:
-    """A study as ours are, with any sampler; the base comes first, then our seeds, if any."""
+    """A study as ours are, with any sampler; the base comes first, then so many of our seeds, if any."""
 
-    def __init__(self, known: Known, sampler: BaseSampler, seeded: bool) -> None:
+    def __init__(self, known: Known, sampler: BaseSampler, seeds: int) -> None:
         self._space = known.table.space
         self._study = optuna.create_study(
             directions=["maximize", "minimize"], sampler=sampler, study_name="replay"
         )
         self._study.enqueue_trial(self._space.identity_params())
-        for options in known.seeds() if seeded else []:
+        for options in known.seeds(seeds) if seeds else []:
             self._study.enqueue_trial(known.table.params(options))
         self._key = identity(self._space.detector).key  # needs no recipes: positions say it all
         self._trial: optuna.Trial
@@ -127,17 +127,19 @@ class Contender:
 
     Attributes:
         searcher: made from what is known and a seed.
-        seeded: begins with our seeds.
+        seeds: so many of our solved seeds begin the study, and every bit-width in all layers.
         affordable: trials after which it gets too slow to go on.
+        runs: with so many seeds at most, where one takes minutes.
     """
 
     searcher: Callable[[Known, int], Searcher]
-    seeded: bool = False
+    seeds: int = 0
     affordable: int | None = None
+    runs: int | None = None
 
 
-def _plain(name: str, seeded: bool = False, affordable: int | None = None) -> Contender:
-    return Contender(lambda known, seed: OptunaStudy(known, SAMPLERS[name](seed), seeded), seeded, affordable)
+def _plain(name: str, seeds: int = 0) -> Contender:
+    return Contender(lambda known, seed: OptunaStudy(known, SAMPLERS[name](seed), seeds), seeds)
 
 
 def _ours(mutations: float | None = None) -> Contender:
@@ -145,20 +147,23 @@ def _ours(mutations: float | None = None) -> Contender:
 
     def searcher(known: Known, seed: int) -> Searcher:
         sampler = FrontSampler(known.table, known.damage, known.latency, LARGEST_LOSS, seed, **options)
-        return OptunaStudy(known, sampler, seeded=True)
+        return OptunaStudy(known, sampler, SEEDS)
 
-    return Contender(searcher, seeded=True)
+    return Contender(searcher, SEEDS)
 
 
 CONTENDERS: dict[str, Contender] = {
     "random": _plain("random"),
     "tpe": _plain("tpe"),
     "nsga2": _plain("nsga2"),
-    "gp": _plain("gp", affordable=50),
+    "gp": replace(_plain("gp"), affordable=50, runs=3),
     "ray OptunaSearch": Contender(RaySearch),
-    "random, our seeds": _plain("random", seeded=True),
-    "tpe, our seeds": _plain("tpe", seeded=True),
-    "nsga2, our seeds": _plain("nsga2", seeded=True),
+    "random, our seeds": _plain("random", SEEDS),
+    "tpe, our seeds": _plain("tpe", SEEDS),
+    "tpe, 15 of our seeds": _plain("tpe", MANY_SEEDS),
+    "nsga2, our seeds": _plain("nsga2", SEEDS),
+    "nsga2, 15 of our seeds": _plain("nsga2", MANY_SEEDS),
+    "gp, our seeds": replace(_plain("gp", SEEDS), affordable=50, runs=3),
     "front, solver alone": _ours(mutations=0.0),
     "front": _ours(),
 }

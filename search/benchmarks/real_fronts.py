@@ -57,7 +57,7 @@ def replayed_fronts(
     """
     space = recorded.table()
     surrogate = Surrogate(recorded, space)
-    known = known_from(recorded, space, trials)
+    known = known_from(recorded, space)
     fronts = []
     for name in samplers:
         for seed in range(seeds):

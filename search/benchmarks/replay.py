@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import optuna
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from evaluators.ranking import hypervolume
@@ -83,22 +85,29 @@ def compare(
     seeds: int,
     trials: int,
     say: Callable[[str], None],
+    processes: int = 1,
 ) -> tuple[Surrogate, Mapping[str, Outcome]]:
-    """Replay each contender with `seeds` seeds.
+    """Replay each contender with `seeds` seeds, or as many as it can afford.
 
     Args:
         names: of `CONTENDERS`.
         say: takes a line at a time.
+        processes: that the replays are spread over; what comes out does not depend on it.
     """
-    table = recorded.table()
-    surrogate = Surrogate(recorded, table)
-    known = known_from(recorded, table, trials)
-    outcomes = {}
-    for name in names:
-        rows = []
-        for seed in range(seeds):
-            _, volumes = replay(CONTENDERS[name], known, surrogate, trials, seed)
-            rows.append(volumes)
-            say(f"{name}: seed {seed + 1}/{seeds}: {volumes[-1]:.4f} after {len(volumes)} trials")
-        outcomes[name] = Outcome(np.stack(rows))
-    return surrogate, outcomes
+    surrogate = Surrogate(recorded, recorded.table())
+    known = known_from(recorded, surrogate.table)
+    jobs = [(name, seed) for name in names for seed in range(min(seeds, CONTENDERS[name].runs or seeds))]
+    volumes: dict[tuple[str, int], Values] = {}
+    pool = Parallel(processes, return_as="generator_unordered")
+    for name, seed, found in pool(delayed(_replayed)(*job, known, surrogate, trials) for job in jobs):
+        volumes[name, seed] = found
+        say(f"{len(volumes)}/{len(jobs)}: {name}, seed {seed}: {found[-1]:.4f} after {len(found)} trials")
+    rows = {name: [volumes[job] for job in jobs if job[0] == name] for name in names}
+    return surrogate, {name: Outcome(np.stack(of_it)) for name, of_it in rows.items()}
+
+
+def _replayed(
+    name: str, seed: int, known: Known, surrogate: Surrogate, trials: int
+) -> tuple[str, int, Values]:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # in a process of its own
+    return name, seed, replay(CONTENDERS[name], known, surrogate, trials, seed)[1]

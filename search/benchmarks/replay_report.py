@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from search.benchmarks.contenders import CONTENDERS
 from search.benchmarks.recorded import Recorded
 from search.benchmarks.replay import CORNER_LOSS, Outcome, with_interval
 from search.benchmarks.reports import table
@@ -79,7 +80,7 @@ def _verdicts(outcomes: Mapping[str, Outcome], longest: int) -> list[str]:
         return []
     lines = []
     plain = {name: o for name, o in outcomes.items() if not name.startswith(OURS)}
-    cold = {n: o for n, o in plain.items() if "seeds" not in n and o.at(longest) is not None}
+    cold = {n: o for n, o in plain.items() if not CONTENDERS[n].seeds and o.at(longest) is not None}
     if cold:
         best = max(cold, key=lambda name: cold[name].at(longest) or ())
         final = (cold[best].at(longest) or (0.0,))[0]
@@ -88,7 +89,7 @@ def _verdicts(outcomes: Mapping[str, Outcome], longest: int) -> list[str]:
             f"- The best cold sampler, {best}, ends at {final:.4f} after {longest} trials; ours is there "
             f"after {needed:g} (median), {needed / longest:.2f} of its trials."
         )
-    seeded = {n: o for n, o in plain.items() if "seeds" in n}
+    seeded = {n: o for n, o in plain.items() if CONTENDERS[n].seeds}
     at = min(100, longest)
     if seeded:
         best = max(seeded, key=lambda name: seeded[name].at(at) or ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from search.benchmarks.reports import rank_correlation
 from spaces.table import Options, SpaceTable
 
 Values = NDArray[np.float64]
+Model: TypeAlias = GaussianProcessRegressor | ExtraTreesRegressor
 FOLDS = 5
 NEAR = 6.0
 """Losses up to so many AP points are those that fronts consist of."""
@@ -89,8 +91,16 @@ class Surrogate:
             )
         self.kind[name] = max(found, key=lambda kind: found[kind].near_rank)
         self.checks[name] = found[self.kind[name]]
-        model = MODELS[self.kind[name]](seed).fit(inputs, scale.forth(values))
-        return lambda rows: scale.back(model.predict(rows))
+        return _Fitted(MODELS[self.kind[name]](seed).fit(inputs, scale.forth(values)), scale)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    model: Model
+    scale: _Logarithm
+
+    def __call__(self, rows: Values) -> Values:
+        return self.scale.back(self.model.predict(rows))
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def _forest(seed: int) -> ExtraTreesRegressor:
     return ExtraTreesRegressor(400, min_samples_leaf=2, max_features=0.5, random_state=seed, n_jobs=1)
 
 
-MODELS: dict[str, Callable[[int], GaussianProcessRegressor | ExtraTreesRegressor]] = {
+MODELS: dict[str, Callable[[int], Model]] = {
     "Gaussian process": _gaussian_process,
     "forest": _forest,
 }

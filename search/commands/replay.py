@@ -55,10 +55,14 @@ def replay_search(
     sampler: Annotated[
         list[str] | None, typer.Option("--sampler", help="One of those compared; may be repeated.")
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Runs at a time. Default: one a core.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")] = RESULTS,
 ) -> int:
     """Compare samplers on a surrogate of recorded recipes, in minutes."""
     import optuna
+    from joblib import cpu_count
 
     from search.benchmarks.contenders import CONTENDERS, require_contenders
     from search.benchmarks.recorded import read_recorded
@@ -69,7 +73,7 @@ def replay_search(
     names = sampler or list(CONTENDERS)
     require_contenders(names)
     recorded = read_recorded(recipes)
-    surrogate, outcomes = compare(recorded, names, seeds, trials, say)
+    surrogate, outcomes = compare(recorded, names, seeds, trials, say, processes or cpu_count())
     facts = benchmark_facts(optuna=optuna.__version__)
     report = output / f"replay_{recorded.detector.replace(':', '_')}.md"
     write_replay(report, recorded, surrogate, outcomes, facts)

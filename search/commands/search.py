@@ -214,14 +214,7 @@ def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchPa
     def after_trial(study: SearchStudy, _number: int) -> None:
         retain(study, settings.keep_mb)
 
-    strategy = Strategy(
-        bench,
-        study,
-        settings.problem,
-        sampler=settings.search.sampler,
-        seeds=settings.search.seeds,
-        trials=settings.search.trials,
-    )
+    strategy = Strategy(bench, study, settings.problem, settings.search.sampler, settings.search.seeds)
     ratios = PredictedRatios(SpaceTable(bench.space), study)
     rule = HalvingRule(study, settings.problem, settings.rungs, ratios, keep=settings.search.keep)
     return SearchParts(

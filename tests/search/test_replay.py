@@ -104,7 +104,7 @@ def test_hypervolume_never_falls_and_seeds_come_first(surrogate: Surrogate, made
     random = np.random.default_rng(2)
     probes = random.integers(0, table.sizes, size=(12, len(table.names)))
     ratios = np.array([made_up.evaluate(row)[1] for row in probes])
-    known = Known(table, made_up.damage, LatencyLearner(table, probes, ratios), trials=20)
+    known = Known(table, made_up.damage, LatencyLearner(table, probes, ratios))
     asked, volumes = replay(CONTENDERS["front"], known, surrogate, 20, seed=0)
     assert (np.diff(volumes) >= -1e-12).all()
     assert volumes[0] == 0.0  # the base alone dominates nothing
@@ -141,6 +141,14 @@ def test_a_comparison_is_reported(recorded: Recorded, tmp_path: Path) -> None:
     assert (tmp_path / "replay.json").exists()
 
 
+def test_runs_side_by_side_come_to_the_same(recorded: Recorded) -> None:
+    names = ["random, our seeds", "front"]
+    _, alone = compare(recorded, names, 2, 10, lambda line: None)
+    _, together = compare(recorded, names, 2, 10, lambda line: None, processes=2)
+    for name in names:
+        assert (alone[name].volumes == together[name].volumes).all()
+
+
 def test_the_toy_table_is_made_anew(recorded: Recorded, made_up: MadeUp) -> None:
     table = recorded.table()
     assert isinstance(table, SpaceTable)
@@ -150,7 +158,7 @@ def test_the_toy_table_is_made_anew(recorded: Recorded, made_up: MadeUp) -> None
 
 
 def test_rays_own_search_asks_in_the_same_space(surrogate: Surrogate, made_up: MadeUp) -> None:
-    known = Known(made_up.table, made_up.damage, lambda _: None, trials=10)  # type: ignore[arg-type]
+    known = Known(made_up.table, made_up.damage, lambda _: None)  # type: ignore[arg-type]
     asked, volumes = replay(CONTENDERS["ray OptunaSearch"], known, surrogate, 10, seed=3)
     assert not asked[0].any(), "the base comes first"
     assert len({tuple(row) for row in asked}) > 5

@@ -64,7 +64,7 @@ def test_probes_and_sensitivities_cover_ranks(problem: MadeUp) -> None:
 def test_seeds_use_ranks_where_they_cost_little(problem: MadeUp) -> None:
     ranks = np.array([name.startswith("rank ") for name in problem.table.names])
     damage = problem.damage * np.where(ranks, 0.01, 1.0)[:, None]
-    seeds = seed_recipes(problem.table, damage, problem.model, 20)
+    seeds = seed_recipes(problem.table, damage, problem.model)
     uniform = uniform_starts(problem.table)[1:]
     assert len(seeds) > len(uniform) > 0
     assert all((one == other).all() for one, other in zip(seeds, uniform, strict=False))
