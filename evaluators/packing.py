@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from evaluators.graph import PREFIX, SUFFIX
 from evaluators.rewriting import constant, copied, replace_nodes, without_unread
+from spaces.methods.codebook import powers_of_two
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths of the pieces that an index of so many bits is stored in: each divides a byte."""
@@ -109,7 +111,7 @@ def _indexed(tensor: onnx.TensorProto) -> _Indexed | None:
     array = numpy_helper.to_array(tensor)
     ways = [_distinct(tensor, array, None)]
     if tensor.data_type != TensorProto.INT8 and array.ndim > 1:
-        powers = _powers(array)
+        powers = powers_of_two(torch.from_numpy(array.astype(np.float32))).numpy().astype(array.dtype)
         ways.append(_distinct(tensor, array / powers, powers))
     best = max(filter(None, ways), key=lambda way: way.saved, default=None)
     return best if best is not None and best.saved > 0 else None
@@ -128,13 +130,6 @@ def _distinct(
     saved = array.nbytes - bits * array.size / 8 - values.nbytes - NODE_BYTES
     saved -= 0 if powers is None else powers.nbytes
     return _Indexed(tensor, indices.reshape(-1), values, bits, saved, powers)
-
-
-def _powers(array: NDArray[Any]) -> NDArray[Any]:
-    """What `spaces.methods.codebook.powers_of_two` finds, of a weight `(O, ...)`."""
-    largest = np.abs(array.astype(np.float32)).max(axis=tuple(range(1, array.ndim)), keepdims=True)
-    _, exponents = np.frexp(largest)
-    return np.where(largest > 0, np.ldexp(1.0, exponents - 1), 1.0).astype(array.dtype)
 
 
 def _stream(graph: onnx.ModelProto, bits: int, members: list[_Indexed]) -> list[onnx.NodeProto]:
