@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from search.benchmarks.curves import Curve, draw_curves
 from search.benchmarks.recorded import require_one_problem
 from search.benchmarks.replay import normalised_volume
 from search.benchmarks.reports import table, write
@@ -78,7 +79,7 @@ def courses_of(studies: Sequence[SearchStudy]) -> list[Course]:
 
 
 def write_courses(file: Path, courses: Sequence[Course], facts: Mapping[str, Any]) -> None:
-    """Write the report: all studies after the same time, and after the same number of trials."""
+    """Write the report: all studies after the same time, and after the same number of trials; a picture."""
     minutes = [share * min(course.minutes[-1] for course in courses) for share in SHARES]
     trials = [max(1, round(share * min(len(course.volumes) for course in courses))) for share in SHARES]
     head = [
@@ -102,6 +103,18 @@ def write_courses(file: Path, courses: Sequence[Course], facts: Mapping[str, Any
         *table(head, rows),
     ]
     write(file, "Studies beside each other", lines, {"courses": [asdict(c) for c in courses]}, facts)
+    curves = [
+        Curve(course.name, np.array(course.minutes), np.array(course.volumes), ours=course is courses[0])
+        for course in courses
+    ]
+    draw_curves(
+        file.with_suffix(".png"),
+        curves,
+        "Studies beside each other",
+        f"{facts['cpu']}; AP on select and latency of exported models",
+        "minutes since the base's trial began",
+        "hypervolume, 1 = no loss in no time",
+    )
 
 
 def _end(trial: Any) -> datetime:

@@ -7,7 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from search.benchmarks.contenders import CONTENDERS
+from search.benchmarks.curves import Curve, draw_curves
 from search.benchmarks.recorded import Recorded
 from search.benchmarks.replay import CORNER_LOSS, Outcome, with_interval
 from search.benchmarks.reports import table
@@ -24,7 +27,7 @@ def write_replay(
     outcomes: Mapping[str, Outcome],
     facts: Mapping[str, Any],
 ) -> None:
-    """Write the report as Markdown, and the hypervolumes of every seed as JSON beside it."""
+    """Write the report as Markdown, the hypervolumes of every seed as JSON and a picture beside it."""
     longest = max(outcome.volumes.shape[1] for outcome in outcomes.values())
     points = [t for t in CHECKPOINTS if t < longest] + [longest]
     lines = [
@@ -35,8 +38,11 @@ def write_replay(
         f"recorded studies; {len(recorded.recipes)} really evaluated recipes teach the surrogate.",
         "",
         *table(
-            ["sampler", *(f"{t} trials" for t in points)],
-            [[name, *(_cell(outcome.at(t)) for t in points)] for name, outcome in outcomes.items()],
+            ["sampler", "runs", *(f"{t} trials" for t in points)],
+            [
+                [name, len(outcome.volumes), *(_cell(outcome.at(t)) for t in points)]
+                for name, outcome in outcomes.items()
+            ],
         ),
         "",
         *_verdicts(outcomes, longest),
@@ -71,6 +77,21 @@ def write_replay(
     file.write_text("\n".join(lines) + "\n")
     content = {name: outcome.volumes.round(5).tolist() for name, outcome in outcomes.items()}
     file.with_suffix(".json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    draw_curves(
+        file.with_suffix(".png"),
+        [_curve(name, outcome) for name, outcome in outcomes.items()],
+        "Hypervolume of the front by trials",
+        f"{recorded.detector} on {recorded.conditions.get('target', 'its target')}; surrogate of "
+        f"{len(recorded.recipes)} evaluated recipes; medians with 95 % intervals",
+        "trials",
+        "hypervolume, 1 = no loss in no time",
+    )
+
+
+def _curve(name: str, outcome: Outcome) -> Curve:
+    trials = np.arange(1, outcome.volumes.shape[1] + 1)
+    middle, low, high = np.transpose([with_interval(column) for column in outcome.volumes.T])
+    return Curve(name, trials, middle, low, high, ours=name == OURS)
 
 
 def _verdicts(outcomes: Mapping[str, Outcome], longest: int) -> list[str]:

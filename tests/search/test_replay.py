@@ -9,6 +9,7 @@ import pytest
 
 from evaluators.latency_model import fit_latency
 from search.benchmarks.contenders import CONTENDERS, Known
+from search.benchmarks.curves import apart
 from search.benchmarks.recorded import Recorded, decoded, encoded, read_recorded
 from search.benchmarks.replay import Outcome, compare, replay
 from search.benchmarks.replay_report import write_replay
@@ -139,6 +140,13 @@ def test_a_comparison_is_reported(recorded: Recorded, tmp_path: Path) -> None:
     assert "of its trials" in text
     assert "above the best seeded plain sampler" in text
     assert (tmp_path / "replay.json").exists()
+    assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_at_the_ends_of_curves_do_not_overlap() -> None:
+    assert apart([0.9, 0.5, 0.1], 0.1) == [0.9, 0.5, 0.1], "those that are apart stay"
+    assert apart([0.5, 0.5, 0.45], 0.1) == pytest.approx([0.5, 0.4, 0.3])
+    assert apart([0.05, 0.02, 0.0], 0.1) == pytest.approx([0.2, 0.1, 0.0]), "none below the axis"
 
 
 def test_runs_side_by_side_come_to_the_same(recorded: Recorded) -> None:
