@@ -12,7 +12,8 @@ from optuna.trial import FrozenTrial, TrialState
 from evaluators.latency_model import LatencyModel
 from search.experience import ExperienceReader, believed_loss
 from search.judge import base_evaluation, reference_of
-from search.knowledge import LossModel, figures_of, latency_learner, measured_damage
+from search.knowledge import figures_of, latency_learner, measured_damage
+from search.loss_model import LossModel
 from search.study import SearchStudy
 from spaces.errors import InputError
 from spaces.space import Value

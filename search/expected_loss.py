@@ -86,13 +86,11 @@ def predicted_losses(
     table: Positions, damage: NDArray[np.float64], experience: Experience, options: Options
 ) -> NDArray[np.float64]:
     """Loss of mAP `(N,)` that the study predicts for each recipe `(N, P)` from the other trials alone."""
-    parameters = np.arange(len(table.names))
     predicted = np.empty(len(options))
     for k, row in enumerate(options):
         others = (experience.finished.options != row).any(axis=1)
         model, _ = believed_loss(table, damage, without(experience, others))
-        single = model.loss[parameters, row]
-        predicted[k] = single[np.isfinite(single)].sum()
+        predicted[k] = model.of(row[None])[0]
     return predicted
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
-from search.knowledge import Finished, LossModel, Positions, figures_of, fit_loss
+from search.knowledge import Finished, Positions, figures_of
+from search.loss_model import LossModel, fit_loss
 from search.trials import rung_maps
 from spaces.table import Options
 

@@ -1,4 +1,4 @@
-"""What the study knows for proposing: damage of options, latency of recipes, and the mAP they led to."""
+"""What the study knows for proposing: damage of options, latency of recipes, and what trials led to."""
 
 from __future__ import annotations
 
@@ -9,23 +9,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial
-from scipy.optimize import nnls
 
 from evaluators.latency_model import LatencyModel, features, fit_features
 from search.sensitivity import JOB, Sensitivity, damage_table
 from search.study import SearchStudy
 from search.trials import evaluation_of, is_candidate
 from spaces.recipe import Recipe
-from spaces.space import LABELS
 from spaces.table import Options, SpaceTable
 
 PROBE = "probe"
 WARM = "warm start"
 """Study attribute: what `search.warm_start` took from another study."""
-ROUNDS = 5
-FACTOR_RIDGE = 0.1
-FACTORS = (0.1, 10.0)
-"""How far a parameter's weight may leave that of its kind."""
 
 
 class Positions(Protocol):
@@ -141,77 +135,3 @@ def measured_damage(table: SpaceTable, study: SearchStudy) -> NDArray[np.float64
                     theirs = known.damage[row, known.values[row].index(value)]
                     weighted[p, o] = theirs * (weights[p] if o else 1.0)
     return weighted
-
-
-@dataclass(frozen=True)
-class LossModel:
-    """Predicted loss of mAP: the damage of each option times a weight of its parameter.
-
-    Attributes:
-        damage: `(P, O)`.
-        weights: `(P,)` AP points for one unit of damage.
-    """
-
-    damage: NDArray[np.float64]
-    weights: NDArray[np.float64]
-
-    @property
-    def loss(self) -> NDArray[np.float64]:
-        """Predicted loss `(P, O)` of each option, AP points."""
-        scaled: NDArray[np.float64] = self.damage * self.weights[:, None]
-        return scaled
-
-
-def fit_loss(
-    table: Positions,
-    damage: NDArray[np.float64],
-    finished: Finished,
-    base_map: float,
-    trust: NDArray[np.float64] | None = None,
-) -> LossModel:
-    """Fit the weights to measured losses of mAP, each of which counts by its `trust` `(N,)` in 0..1.
-
-    Fine-tuning repairs some damage and not other: pruning more than rounding, late layers more than early
-    ones. So each kind of choice has a weight, and each parameter a factor to it that is 1 unless the
-    trials say otherwise (ridge regression towards 1). Errors count relative to the geometric mean of
-    measured and predicted loss: relative to the measured one alone, a fit that predicts too little would
-    look good, and the solver would walk into every option that it underrates. Before anything was
-    measured one unit of damage costs one AP point, which only orders the options.
-    """
-    labels = list(LABELS.values())
-    kinds = np.array([labels.index(name.split(" ", 1)[0]) for name in table.names])
-    changed = finished.options.any(axis=1)
-    weights = np.ones(len(kinds))
-    if not changed.any():
-        return LossModel(damage, weights)
-    options = finished.options[changed]
-    losses = np.maximum(base_map - finished.map[changed], 0.05)
-    single = damage[np.arange(len(kinds)), options]
-    single = np.where(np.isfinite(single), single, 0.0)
-    predicted, trusted = losses, np.ones(len(losses)) if trust is None else np.sqrt(trust[changed])
-    for _ in range(ROUNDS):  # the errors' scale depends on the prediction
-        scale = trusted / (0.5 + np.sqrt(losses * predicted))
-        by_kind = _kind_weights(single, kinds, len(labels), losses, scale)[kinds]
-        matrix = single * by_kind * scale[:, None]
-        gram = matrix.T @ matrix + FACTOR_RIDGE * np.eye(len(kinds))
-        factors = np.linalg.solve(gram, matrix.T @ (losses * scale) + FACTOR_RIDGE)
-        weights = by_kind * np.clip(factors, *FACTORS)
-        predicted = single @ weights
-    return LossModel(damage, weights)
-
-
-def _kind_weights(
-    single: NDArray[np.float64],
-    kinds: NDArray[np.int64],
-    count: int,
-    losses: NDArray[np.float64],
-    scale: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """A weight `(K,)` for each kind of choice, shrunk towards one for all."""
-    sums = np.stack([(single * (kinds == k)).sum(axis=1) for k in range(count)], axis=1)
-    overall = float(np.median(losses / np.maximum(sums.sum(axis=1), 1e-9)))
-    shrink = 0.1 * np.eye(count) * max(float(sums.mean()), 1e-6)
-    matrix = np.concatenate([sums * scale[:, None], shrink])
-    goal = np.concatenate([losses * scale, shrink @ np.full(count, overall)])
-    weights: NDArray[np.float64] = np.maximum(nnls(matrix, goal)[0], 1e-3)
-    return weights

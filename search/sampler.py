@@ -16,7 +16,9 @@ from optuna.trial import FrozenTrial
 from evaluators.latency_model import LatencyModel
 from evaluators.ranking import front
 from search.experience import Experience, ExperienceReader, believed_loss
+from search.improvement import Reached
 from search.knowledge import Finished
+from search.loss_model import LossModel
 from search.seeds import uniform_starts
 from search.solver import damage_path
 from spaces.table import SpaceTable
@@ -25,6 +27,8 @@ PERTURBATION = 0.35
 """Standard deviation of the logarithm by which each parameter's predicted loss is perturbed."""
 MUTATIONS = 0.4
 """Share of proposals that mutate a member of the front; the others are solved for."""
+MUTANTS = 16
+"""Of which the most promising is proposed."""
 ATTEMPTS = 40
 """At a proposal that differs from all there are; a small space may have none left."""
 LARGEST_LOSS = 6.0
@@ -34,13 +38,13 @@ LARGEST_LOSS = 6.0
 class FrontSampler(BaseSampler):
     """Proposes recipes by solver and by mutation of the front.
 
-    A proposal by solver perturbs every parameter's predicted loss (Thompson sampling: Thompson 1933,
-    Biometrika 25), draws the loss it is willing to pay, and takes the fastest recipe within it. A
-    proposal by mutation changes a few parameters of a measured front member by one step each. Its state
-    is the study alone: predicted losses and latencies are fitted anew from the finished trials, so
-    resumed studies and several drivers need nothing more. Trials that run count with their predicted
-    figures, so that the places where they will be do not look empty; trials that were stopped at a rung
-    count with the mAP that they would have ended with.
+    Every proposal perturbs each parameter's predicted loss (Thompson sampling: Thompson 1933, Biometrika 25)
+    and takes what would add most to the front if that were so (after Bradford, Schweidtmann and Lapkin 2018,
+    J. Glob. Optim. 71): of all that the solver finds between mild and strong, or of some front members with a
+    few parameters moved by one step each. Its state is the study alone: predicted losses and latencies are
+    fitted anew from the finished trials, so resumed studies and several drivers need nothing more. Trials
+    that run count with their predicted figures, so that the places where they will be do not look empty;
+    trials that were stopped at a rung count with the mAP that they would have ended with.
 
     Args:
         table: of the space.
@@ -94,7 +98,7 @@ class FrontSampler(BaseSampler):
         view = self._view(experience)
         for attempt in range(ATTEMPTS):
             solved_enough = attempt >= ATTEMPTS // 4  # what the solver says here was done already
-            if solved_enough or (self._random.random() < self._mutations and len(view.finished.map) > 2):
+            if solved_enough or (self._random.random() < self._mutations and len(view.measured) > 2):
                 options = self._mutated(view)
             else:
                 options = self._solved(view)
@@ -103,14 +107,11 @@ class FrontSampler(BaseSampler):
         return self._table.params(options)
 
     def _view(self, experience: Experience) -> _View:
-        finished, rows = experience.finished, np.arange(len(self._table.names))
+        finished = experience.finished
         believed, base_map = believed_loss(self._table, self._damage, experience)
-        loss = believed.loss
         model = self._relearn(finished)
-        measured = np.stack([-finished.map, finished.ratio], axis=1)
-        predicted = np.stack(
-            [loss[rows, experience.pending].sum(axis=1) - base_map, model.predict(experience.pending)], axis=1
-        )
+        measured = np.stack([base_map - finished.map, finished.ratio], axis=1)
+        predicted = np.stack([believed.of(experience.pending), model.predict(experience.pending)], axis=1)
         parents = [k for k in front(measured) if finished.map.max() - finished.map[k] <= self._largest_loss]
         together = np.concatenate([measured, predicted])
         there = [k for k in front(together) if k in parents or k >= len(measured)]
@@ -118,28 +119,41 @@ class FrontSampler(BaseSampler):
         area = dict(zip(there, areas, strict=True))
         parents = [k for k in parents if k in area] or parents
         shares = np.array([area.get(k, 1.0) for k in parents])
-        return _View(finished, loss, model, parents, shares / shares.sum())
+        reached = Reached(together[:, 0], together[:, 1], self._largest_loss)
+        return _View(measured, finished.options, believed, model, reached, parents, shares / shares.sum())
+
+    def _drawn(self, view: _View) -> LossModel:
+        """The losses as they may be, too."""
+        noise = np.exp(self._random.normal(0.0, PERTURBATION, size=(len(self._table.names), 1)))
+        return LossModel(view.believed.damage, view.believed.loss * noise)
 
     def _solved(self, view: _View) -> NDArray[np.int64]:
-        noise = np.exp(self._random.normal(0.0, PERTURBATION, size=(len(view.loss), 1)))
-        # Cubed, so that small losses, which people want most, are looked at more often.
-        willing = self._largest_loss * self._random.random() ** 3
-        path = damage_path(view.loss * noise, view.model, self.starts(), limit=willing)
-        return path[-1].options if path else self._mutated(view)
+        path = damage_path(self._drawn(view).loss, view.model, self.starts(), limit=self._largest_loss)
+        if not path:
+            return self._mutated(view)
+        losses, ratios = (np.array([getattr(p, name) for p in path]) for name in ("damage", "latency"))
+        return path[int(view.reached.added(losses, ratios).argmax())].options
 
     def _mutated(self, view: _View) -> NDArray[np.int64]:
-        """A front member with a few parameters moved by one step.
+        """The most promising of some front members with a few parameters moved by one step.
 
         Members are drawn by the area that they alone dominate, so that a crowd of near-equal ones has no
-        more say than the point that stands for it.
+        more say than the point that stands for it. What a step costs and saves is predicted, all else is
+        what was measured of the member.
         """
-        parent = view.finished.options[self._random.choice(view.parents, p=view.shares)].copy()
-        sizes = self._table.sizes
-        for p in self._random.choice(len(parent), size=1 + self._random.poisson(2.0), replace=True):
-            step = self._random.choice([-1, 1])
-            parent[p] = np.clip(parent[p] + step, 0, sizes[p] - 1)
-        mutated: NDArray[np.int64] = parent
-        return mutated
+        members = self._random.choice(view.parents, size=MUTANTS, p=view.shares)
+        parents = view.options[members]
+        mutants = parents.copy()
+        for mutant in mutants:
+            for p in self._random.choice(len(mutant), size=1 + self._random.poisson(2.0), replace=True):
+                mutant[p] = np.clip(mutant[p] + self._random.choice([-1, 1]), 0, self._table.sizes[p] - 1)
+        drawn = self._drawn(view)
+        losses = view.measured[members, 0] + drawn.of(mutants) - drawn.of(parents)
+        unknown = np.isinf(drawn.loss[np.arange(len(drawn.loss)), mutants]) & (mutants != parents)
+        losses[unknown.any(axis=1)] = np.inf
+        ratios = view.measured[members, 1] * view.model.predict(mutants) / view.model.predict(parents)
+        best: NDArray[np.int64] = mutants[int(view.reached.added(losses, ratios).argmax())]
+        return best
 
     def starts(self) -> list[NDArray[np.int64]]:
         """Where the solver begins: the base, and every bit-width used everywhere."""
@@ -151,16 +165,20 @@ class _View:
     """What is believed when a candidate is asked for.
 
     Attributes:
-        finished: evaluated trials.
-        loss: `(P, O)` predicted loss of mAP of each option.
+        measured: `(N, 2)` AP points lost and latency over the base's of the evaluated trials.
+        options: `(N, P)` of these.
+        believed: losses of mAP.
         model: of latency.
+        reached: by them, and by those under way as they are predicted.
         parents: indices of the finished trials that may be mutated: those of the front.
         shares: how often each of them is.
     """
 
-    finished: Finished
-    loss: NDArray[np.float64]
+    measured: NDArray[np.float64]
+    options: NDArray[np.int64]
+    believed: LossModel
     model: LatencyModel
+    reached: Reached
     parents: list[int]
     shares: NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from search.attribution import attributed, explain
 from search.commands.explain import explanation_table
-from search.knowledge import LossModel
+from search.loss_model import LossModel
 from search.sensitivity import single_changes
 from search.study import SearchStudy, open_study
 from spaces.errors import InputError
@@ -28,7 +28,7 @@ def test_choices_by_hand() -> None:
     trial = optuna.trial.create_trial(
         values=[1.0, 2.0], params=table.params(options), distributions=table.space.distributions()
     )
-    found = attributed(table, trial, LossModel(damage, np.full(len(options), 2.0)), model, 10.0, (3.0, 4.0))
+    found = attributed(table, trial, LossModel(damage, 2.0 * damage), model, 10.0, (3.0, 4.0))
     losses = {choice.parameter: choice.loss for choice in found.choices}
     assert losses == pytest.approx({table.names[p]: 2 * damage[p, 1] for p in (0, len(options) - 1)})
     assert [c.loss for c in found.choices] == sorted(losses.values(), reverse=True)

@@ -13,7 +13,7 @@ from evaluators.evaluation import Evaluation, Measurement
 from evaluators.latency_model import fit_latency
 from evaluators.ranking import hypervolume
 from search.experience import Experience, ExperienceReader
-from search.knowledge import Finished, LatencyLearner, finished_trials, fit_loss
+from search.knowledge import Finished, LatencyLearner, finished_trials
 from search.sampler import FrontSampler
 from search.seeds import uniform_starts
 from search.strategy import probe_recipes, sampler_named
@@ -92,36 +92,6 @@ def test_state_is_the_study_alone() -> None:
     proposal = fresh.sample_relative(study, study.get_trials()[-1], {})
     assert set(proposal) == set(problem.table.names)
     assert tuple(proposal.values()) not in done
-
-
-def test_loss_weights_are_recovered() -> None:
-    """Pruning that costs 3 AP a unit and bits that cost 0.5 are told apart."""
-    table = toy_table()
-    damage = random_damage(table, 1)
-    bits = np.array([name.startswith("bits ") for name in table.names])
-    random = np.random.default_rng(0)
-    options = random.integers(0, table.sizes, size=(40, len(table.sizes)))
-    options[0] = 0
-    single = damage[np.arange(len(bits)), options]
-    quality = 60 - 3.0 * single[:, ~bits].sum(1) - 0.5 * single[:, bits].sum(1)
-    model = fit_loss(table, damage, Finished(options, quality, np.ones(40)), 60.0)
-    predicted = model.loss[np.arange(len(bits)), options].sum(1)
-    assert np.median(model.weights[~bits]) == pytest.approx(3.0, rel=0.2)
-    assert np.median(model.weights[bits]) < 1.5
-    assert np.corrcoef(predicted, 60 - quality)[0, 1] > 0.99
-
-
-def test_a_parameter_that_training_does_not_repair_is_found_out() -> None:
-    """All pruning costs 1 AP a unit, but one parameter's costs 5: its weight must stand out."""
-    table = toy_table()
-    damage = random_damage(table, 2)
-    random = np.random.default_rng(0)
-    options = random.integers(0, table.sizes, size=(60, len(table.sizes)))
-    single = damage[np.arange(len(table.sizes)), options]
-    quality = 60 - single.sum(1) - 4.0 * single[:, 1]
-    weights = fit_loss(table, damage, Finished(options, quality, np.ones(60)), 60.0).weights
-    pruning = [k for k, name in enumerate(table.names) if name.startswith("sparsity")]
-    assert weights[1] > 2 * max(weights[k] for k in pruning if k != 1)
 
 
 def test_trials_of_another_space_are_passed_over() -> None:

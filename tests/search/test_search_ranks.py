@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -38,7 +40,10 @@ def problem(table: SpaceTable) -> MadeUp:
 
 
 def test_it_proposes_ranks_beside_the_rest_and_finishes(problem: MadeUp) -> None:
-    trials = problem.run(problem.sampler(0), 12).get_trials()
+    ranks = np.array([name.startswith("rank ") for name in problem.table.names])
+    cheap = copy.copy(problem)
+    cheap.damage = problem.damage * np.where(ranks, 0.1, 1.0)[:, None]
+    trials = cheap.run(cheap.sampler(0), 12).get_trials()
     assert all(trial.values for trial in trials)
     recipes = [problem.table.space.recipe(trial.params) for trial in trials]
     assert len({recipe.key for recipe in recipes}) == 12
