@@ -60,12 +60,13 @@ def write_replay(
             [
                 [
                     name,
-                    surrogate.kind[name],
+                    kind,
                     f"{check.rank:.3f}",
                     f"{check.error:.3f}",
                     f"{check.near_rank:.3f}, {check.near_error:.3f}",
                 ]
-                for name, check in surrogate.checks.items()
+                for name, checks in surrogate.checks.items()
+                for kind, check in checks.items()
             ],
         ),
     ]
