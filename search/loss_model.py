@@ -13,7 +13,7 @@ from search.knowledge import Finished, Positions
 from spaces.space import LABELS
 from spaces.table import Options
 
-ROUNDS = 5
+ROUNDS = 3
 MOST_TRIALS = 500
 """In a fit: those that say most, so that thousands of trials take no longer."""
 LEAST_LOSS = 0.05

@@ -49,8 +49,7 @@ class FrontSampler(BaseSampler):
     Args:
         table: of the space.
         damage: `(P, O)` damage of single options, see `search.sensitivity`.
-        latency: the model fitted on probes, refitted with the trials by `relearn`.
-        relearn: called with the finished trials before each proposal.
+        relearn: makes the model of latency of probes and the finished trials, called before each proposal.
         largest_loss: AP points; proposals expected to lose more are not made.
         seed: of everything random.
         mutations: share of proposals that mutate a member of the front; the others are solved for.
@@ -123,7 +122,7 @@ class FrontSampler(BaseSampler):
         return _View(measured, finished.options, believed, model, reached, parents, shares / shares.sum())
 
     def _drawn(self, view: _View) -> LossModel:
-        """The losses as they may be, too."""
+        """What losses may be as well: each parameter's perturbed."""
         noise = np.exp(self._random.normal(0.0, PERTURBATION, size=(len(self._table.names), 1)))
         return LossModel(view.believed.damage, view.believed.loss * noise)
 
