@@ -40,6 +40,8 @@ def test_drawn_together_by_hand() -> None:
     np.testing.assert_allclose(drawn_together(measured, errors, predicted), -0.5 + share * apart, rtol=1e-3)
     sure = drawn_together(measured, np.full(10, 1e-6), predicted)
     np.testing.assert_allclose(sure, measured)
+    gentler = drawn_together(measured + 0.25, errors, predicted)
+    np.testing.assert_allclose(gentler, -0.25 + share * apart, rtol=1e-3)  # all predictions were too strict
 
 
 def test_far_ones_and_few_ones_are_left_alone() -> None:
