@@ -137,7 +137,7 @@ def attributed(
     undone[np.arange(len(chosen)), chosen] = 0
     latencies = model.predict(undone) * reference_ms
     parameters = list(table.space.parameters.values())
-    single = np.where(np.isfinite(loss.loss), loss.loss, 0.0)[np.arange(len(options)), options]
+    single = loss.each(options[None])[0]
     choices = [
         Attribution(
             parameter=table.names[p],

@@ -52,10 +52,15 @@ class LossModel:
         )
         return weights
 
-    def of(self, options: Options) -> NDArray[np.float64]:
-        """Loss `(N,)` of recipes `(N, P)`; options that are not there count nothing."""
+    def each(self, options: Options) -> NDArray[np.float64]:
+        """Loss `(N, P)` of every choice of recipes `(N, P)`; options that are not there count nothing."""
         single = self.loss[np.arange(len(self.loss)), options]
-        total: NDArray[np.float64] = np.where(np.isfinite(single), single, 0.0).sum(axis=1)
+        counted: NDArray[np.float64] = np.where(np.isfinite(single), single, 0.0)
+        return counted
+
+    def of(self, options: Options) -> NDArray[np.float64]:
+        """Loss `(N,)` of recipes `(N, P)`."""
+        total: NDArray[np.float64] = self.each(options).sum(axis=1)
         return total
 
 
@@ -95,7 +100,7 @@ def fit_loss(
     predicted = losses
     for _ in range(ROUNDS):  # the errors' scale depends on the prediction
         loss = fit.losses((0.5 + np.sqrt(losses * predicted)) / trusted)
-        predicted = loss[np.arange(len(loss)), options].sum(axis=1)
+        predicted = LossModel(known, loss).of(options)
     return LossModel(damage, np.where(np.isfinite(damage), loss, np.inf))
 
 

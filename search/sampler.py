@@ -130,7 +130,8 @@ class FrontSampler(BaseSampler):
         path = damage_path(self._drawn(view).loss, view.model, self.starts(), limit=self._largest_loss)
         if not path:
             return self._mutated(view)
-        losses, ratios = (np.array([getattr(p, name) for p in path]) for name in ("damage", "latency"))
+        losses = np.array([point.damage for point in path])
+        ratios = np.array([point.latency for point in path])
         return path[int(view.reached.added(losses, ratios).argmax())].options
 
     def _mutated(self, view: _View) -> NDArray[np.int64]:

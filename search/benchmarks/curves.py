@@ -41,10 +41,8 @@ class Curve:
     ours: bool = False
 
 
-def draw_curves(
-    file: Path, curves: Sequence[Curve], title: str, subtitle: str, x_label: str, y_label: str
-) -> None:
-    """Draw them into a PNG of 1600 x 1000 pixels, which appears complete or not at all.
+def draw_curves(file: Path, curves: Sequence[Curve], title: str, subtitle: str, x_label: str) -> None:
+    """Draw hypervolumes into a PNG of 1600 x 1000 pixels, which appears complete or not at all.
 
     A curve that was cut short ends where it was; its name stands beside the others at the right edge.
     """
@@ -52,7 +50,7 @@ def draw_curves(
     axes = figure.subplots()
     end = max(curve.x[-1] for curve in curves)
     top = 1.05 * max(curve.middle[-1] if curve.high is None else curve.high[-1] for curve in curves)
-    axes.set(xlim=(0, end), ylim=(0, top), xlabel=x_label, ylabel=y_label)
+    axes.set(xlim=(0, end), ylim=(0, top), xlabel=x_label, ylabel="hypervolume, 1 = no loss in no time")
     axes.grid(color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -113,7 +113,6 @@ def write_courses(file: Path, courses: Sequence[Course], facts: Mapping[str, Any
         "Studies beside each other",
         f"{facts['cpu']}; AP on select and latency of exported models",
         "minutes since the base's trial began",
-        "hypervolume, 1 = no loss in no time",
     )
 
 

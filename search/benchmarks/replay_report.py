@@ -85,7 +85,6 @@ def write_replay(
         f"{recorded.detector} on {recorded.conditions.get('target', 'its target')}; surrogate of "
         f"{len(recorded.recipes)} evaluated recipes; medians with 95 % intervals",
         "trials",
-        "hypervolume, 1 = no loss in no time",
     )
 
 
