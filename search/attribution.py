@@ -93,7 +93,8 @@ def explain(study: SearchStudy, table: SpaceTable, number: int) -> Explanation:
     if not 0 <= number < len(trials):
         raise InputError("trial", number, f"study {study.name} has trials 0 to {len(trials) - 1}")
     if trials[number].state == TrialState.WAITING or set(trials[number].params) != set(table.names):
-        raise InputError("trial", number, "has no recipe of this space to explain")
+        state = trials[number].state.name.lower()
+        raise InputError("trial", number, f"is {state} and has no recipe of this space to explain")
     base, damage = base_evaluation(study), measured_damage(table, study)
     if base is None or damage is None:
         raise InputError(

@@ -6,10 +6,12 @@ Nothing heavy is imported before a command needs it, so that help is there at on
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated
 
@@ -28,6 +30,10 @@ from search.commands.train import train
 from spaces.errors import InputError
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+"""Of places on the disk, which no program can be written against."""
 
 app = typer.Typer(
     name="paredown",
@@ -76,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries' talk to programmers; -W or PYTHONWARNINGS brings it back
     try:
-        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        with _typed(arguments):
+            code = app(standalone_mode=False)
     except InputError as error:
         return _complain(_one_line(str(error)), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
@@ -84,12 +91,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `paredown front | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None or error.errno not in (*FULL, *UNUSABLE):
+            raise
+        return _complain(f"{error.filename}: {error.strerror}", 1 if error.errno in FULL else BAD_INPUT)
     except Exception as error:
         # Usage errors: typer brings its own copy of click, so their class has no name that lasts.
         if not hasattr(error, "format_message"):
             raise
         return _complain(_one_line(str(error.format_message())), BAD_INPUT)
     return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _typed(arguments: Sequence[str] | None) -> Iterator[None]:
+    """Arguments that a script hands over are shown in what to type next as if they had been typed."""
+    before = sys.argv
+    sys.argv = before if arguments is None else [*before[:1], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _complain(line: str, code: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,12 @@ from spaces.errors import InputError
 _LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
 _PATHS = ("checkpoint", "data.root", "data.fit", "data.select", "data.report")
 """Looked for beside the configuration first, then in the working directory."""
+
+_REMEDIES = {
+    "checkpoint": "name the weights here or with --checkpoint: a file, or COCO_V1",
+    "size": "write it as [height, width] in pixels",
+}
+"""Where a field is missing, or is no list, and how to write it would not be clear."""
 
 KEEP = 0.5
 USUAL_RUNGS = (0.0, 1 / 3)
@@ -96,12 +103,15 @@ class SearchConfig(BenchConfig):
         return BenchConfig(**{name: getattr(self, name) for name in BenchConfig.model_fields})
 
 
-def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> SearchConfig:
+def load_config(
+    path: Path, overrides: Mapping[str, Any] | None = None, needs_weights: bool = True
+) -> SearchConfig:
     """Read a YAML file.
 
     Args:
         path: of the file. Relative paths in it are looked for beside it, then in the working directory.
         overrides: values by dotted field, such as `{"search.trials": 100}`; those that are None are left.
+        needs_weights: False where an exported model is looked at; a file without a checkpoint will do then.
 
     Raises:
         InputError: no such file, no YAML, or the first field that is wrong.
@@ -115,10 +125,10 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Searc
     document.setdefault("name", path.stem)
     changes = dict(overrides or {})
     _spelled_checkpoint(document, path)
-    if document.get("checkpoint", changes.get("checkpoint")) is None:
-        raise InputError(
-            f"{path}: checkpoint", None, "name the weights here or with --checkpoint: a file, or COCO_V1"
-        )
+    if document.get("checkpoint") is None:
+        document.pop("checkpoint", None)
+        if not needs_weights:
+            changes["checkpoint"] = os.devnull
     if not document.get("data"):
         changes = {"data": {}, **changes}
     return changed_config(document, changes, str(path))
@@ -245,7 +255,8 @@ def _absolute(path: Path | None) -> Path | None:
 
 
 def _as_input_error(error: ValidationError, source: str) -> InputError:
-    first = error.errors()[0]
+    # A misspelt field explains one that is missing.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = tuple(str(part) for part in first["loc"])
     field = f"{source}: {'.'.join(location)}" if location else source
     value = None if isinstance(first["input"], Mapping) else first["input"]
@@ -255,6 +266,8 @@ def _as_input_error(error: ValidationError, source: str) -> InputError:
     if first["type"] == "extra_forbidden":
         known = ", ".join(_known_fields(location[:-1]))
         return InputError(field, None, f"no such field; there are: {known}")
+    if first["type"] in ("missing", "tuple_type") and location[-1] in _REMEDIES:
+        return InputError(field, value, _REMEDIES[location[-1]])
     if first["type"] == "missing":
         return InputError(field, None, "is missing")
     return InputError(field, value, first["msg"].replace("Input should be", "must be"))

@@ -227,6 +227,7 @@ def _row(
         recipe=recipe.model_dump(mode="json"),
         is_base=is_base,
         tensor_ms=None if tensor is None else tensor.value * scale,
+        role=role,
     )
     again = final.get("models", {}).get(str(trial.number))
     if again is None:

@@ -96,7 +96,7 @@ class Progress:
             self._say_seldom(f"worker {worker + 1}: {self._doing[worker].job}: {next_stage}")
 
     def ended(self, worker: int, *, trial: bool) -> None:
-        """The job of a worker is over; the time of trials goes into the estimate."""
+        """The job of a worker is over; the time of trials, but for the base's, goes into the estimate."""
         done = self._doing.pop(worker, None)
         if done is not None and trial:
             self._trial_seconds.append(time.monotonic() - done.since)
@@ -123,8 +123,8 @@ class Progress:
             self.say(f"trial {number}: {what}")
 
     def seconds_left(self, workers: int) -> float | None:
-        """Estimate from the trials of this run, None before the first one has ended."""
-        if not self._trial_seconds:
+        """Estimate from the trials of this run, None before the first one has ended or while preparing."""
+        if not self._trial_seconds or self._preparing:
             return None
         recent = self._trial_seconds[-20:]
         running = sum(min(time.monotonic() - d.since, recent[-1]) for d in self._doing.values())

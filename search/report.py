@@ -34,6 +34,7 @@ class FrontRow:
         note: anything that a reader must know, in a few words.
         tensor_ms: of `latency_ms`, what the network takes without decoding and suppression.
         likely: mAP minus the base's that is likely on other images; None where nothing is known.
+        role: of the images that `map` was measured on; "" where the file says it.
     """
 
     number: int
@@ -51,6 +52,7 @@ class FrontRow:
     note: str = ""
     tensor_ms: float | None = None
     likely: float | None = None
+    role: str = ""
 
     @property
     def interval(self) -> Interval:
@@ -123,17 +125,21 @@ def front_cells(rows: Sequence[FrontRow], base: FrontRow) -> list[dict[str, str]
 
 def front_caption(base: FrontRow, rows: Sequence[FrontRow]) -> str:
     """What the columns mean, for below the table."""
+    tie = "; rows that share a letter under tie are equally fast within it"
     likely = " Likely: to base on other images, by what the other trials say of the same choices."
+    tied = any(tie_letters([row.interval for row in with_base(rows, base)]))
     return (
         f"mAP: COCO AP@[.50:.95]{on_split(base)}. ms: whole detector, batch 1. Speed-up over the base with "
-        "its 95 % interval; rows that share a letter under tie are equally fast within it."
-    ) + likely * any(row.likely is not None for row in rows)
+        f"its 95 % interval{tie * tied}.{likely * any(row.likely is not None for row in rows)}"
+    )
 
 
 def on_split(base: FrontRow) -> str:
-    """` on FILE` for the annotations file that mAP was measured on; empty where it has no name."""
-    name = PurePath(base.split).name
-    return f" on {name}" if name else ""
+    """` on FILE` or ` on ROLE (FILE)` for what mAP was measured on; empty where the file has no name."""
+    file = PurePath(base.split)
+    if not file.name or not base.role or file.stem == base.role:
+        return f" on {file.name}" if file.name else ""
+    return f" on {base.role} ({file.name})"
 
 
 def front_table(rows: Sequence[FrontRow], base: FrontRow, title: str = "Front") -> Table:

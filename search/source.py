@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,14 +28,24 @@ from search.workers import FINISHED, Finished
 
 _IDLE_SECONDS = 1.0
 _RECOVER_SECONDS = 30.0
+_FRAME = re.compile(r'File "(.+)", line (\d+), in (.+)')
 
 
 class BaseFailedError(RuntimeError):
     """The base model itself could not be evaluated, so there is nothing to compare with."""
 
-    def __init__(self, stage: str, reason: str) -> None:
+    def __init__(self, stage: str, reason: str, traceback: str = "") -> None:
         self.stage, self.reason = stage, reason
-        super().__init__(f"the base model failed in stage {stage}: {reason}")
+        super().__init__(f"the base model failed in stage {stage}: {reason}{_place(traceback)}")
+
+
+def _place(traceback: str) -> str:
+    """The last line of a traceback that is in no installed package: with a detector of one's own, in it."""
+    frames = [frame for frame in _FRAME.findall(traceback) if "site-packages" not in frame[0]]
+    if not frames:
+        return ""
+    file, line, function = frames[-1]
+    return f" ({file}, line {line}, in {function}; the whole traceback is with trial 0 in the dashboard)"
 
 
 @dataclass
@@ -215,7 +226,8 @@ class StudySource:
     def _end(self, job: Job) -> _Running:
         self._idle_until = 0.0
         running = self._running.pop(job.name)
-        self._progress.ended(running.worker, trial=running.candidate is not None)
+        candidate = running.candidate
+        self._progress.ended(running.worker, trial=candidate is not None and not candidate.recipe.is_identity)
         return running
 
     def _judge(self, candidate: Candidate, evaluation: Evaluation) -> None:
@@ -250,7 +262,7 @@ class StudySource:
         candidate.writer.fail(stage, reason, evaluation=evaluation, traceback=traceback)
         self._told(candidate, lambda: f"failed in stage {stage}: {reason}", failed=True)
         if candidate.recipe.is_identity:
-            raise BaseFailedError(stage, reason)
+            raise BaseFailedError(stage, reason, traceback)
 
     def _told(self, candidate: Candidate, what: Callable[[], str], failed: bool = False) -> None:
         self._driver.release(candidate.writer.id)

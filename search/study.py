@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import re
 import warnings
@@ -161,12 +162,29 @@ def target_differences(stored: Mapping[str, Any], now: Fingerprint) -> list[str]
 
 
 def differences_of(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines of what differs between two fingerprints, before and now."""
-    return [
-        f"{key}: {stored.get(key)!r} -> {now.get(key)!r}"
-        for key in sorted({*stored, *now})
-        if stored.get(key) != now.get(key)
-    ]
+    """Lines of what differs between two fingerprints, before and now; of JSON objects, field by field."""
+    lines = []
+    for key in sorted({*stored, *now}):
+        before, after = stored.get(key), now.get(key)
+        if before == after:
+            continue
+        fields = _object(before), _object(after)
+        if all(fields):
+            lines += differences_of(
+                *({f"{key} {name}": value for name, value in one.items()} for one in fields)
+            )
+        else:
+            lines.append(f"{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def _object(text: Any) -> dict[str, Any]:
+    """A JSON object in a text; empty where it is none."""
+    try:
+        found = json.loads(text) if isinstance(text, str) and text.startswith("{") else None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _refuse_differences(

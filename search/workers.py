@@ -5,7 +5,9 @@ Importing this module is cheap; Ray is imported when the first job runs.
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,14 +121,37 @@ class JobSource(Protocol):
         ...
 
 
+STUCK_SECONDS = 10.0
+"""After a SIGTERM the process ends at the latest. Whoever stops a service or a group of processes ends Ray's
+own as well, and what then asks Ray waits for a minute, in native code that nothing can interrupt."""
+
+
 class StopRequest:
     """Set by the first Ctrl-C (or SIGTERM); the run then ends its workers and returns."""
 
     def __init__(self) -> None:
         self.is_set = False
+        self._leaving: threading.Timer | None = None
 
     def set(self) -> None:
         self.is_set = True
+
+    def leave_after(self, seconds: float) -> None:
+        """End this process then, unless `stay` is called before. The study is as after a kill."""
+        self._leaving = threading.Timer(seconds, _leave)
+        self._leaving.daemon = True
+        self._leaving.start()
+
+    def stay(self) -> None:
+        """The run has ended by itself."""
+        if self._leaving is not None:
+            self._leaving.cancel()
+
+
+def _leave() -> None:
+    line = "stopped; finished trials are kept, and the same command goes on"
+    print(f"paredown: {line}", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def run_jobs(source: JobSource, factory: WorkerFactory, pool: Pool, stop: StopRequest | None = None) -> bool:
@@ -147,10 +172,19 @@ def run_jobs(source: JobSource, factory: WorkerFactory, pool: Pool, stop: StopRe
 
     with (
         stop_on_signals(stop or StopRequest()) as request,
+        _staying(request),
         ray_runtime.running_ray(pool) as scratch,
         stop_on_signals(request),  # again: Ray installs handlers of its own when it starts
     ):
         return ray_searcher.run(source, factory, pool, request, scratch)
+
+
+@contextmanager
+def _staying(request: StopRequest) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        request.stay()
 
 
 def one_line(error: BaseException) -> str:
@@ -168,8 +202,10 @@ def stop_on_signals(request: StopRequest) -> Iterator[StopRequest]:
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}
 
-    def ask_to_stop(_number: int, _frame: FrameType | None) -> None:
+    def ask_to_stop(number: int, _frame: FrameType | None) -> None:
         request.set()
+        if number == signal.SIGTERM:
+            request.leave_after(STUCK_SECONDS)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -7,7 +7,7 @@ figures one publishes. An image belongs to one role.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -57,7 +57,7 @@ def load_splits(config: DataConfig) -> dict[str, DetectionSplit]:
     source = _Source(config)
     fit, select = source.fit_and_select()
     splits = {"fit": fit, "select": select, "report": source.report()}
-    _check_disjoint(splits)
+    _check_disjoint(splits, [role for role in ROLES if getattr(config, role) is None])
     for role in ("select", "report"):
         if splits[role].categories != fit.categories:
             raise InputError(
@@ -160,17 +160,18 @@ def _divide(whole: DetectionSplit, fraction: float, seed: int) -> tuple[Detectio
     return fit, whole.part("select", label.format("select"), lambda image: image.id in chosen)
 
 
-def _check_disjoint(splits: Mapping[str, DetectionSplit]) -> None:
+def _check_disjoint(splits: Mapping[str, DetectionSplit], not_given: Collection[str]) -> None:
     seen: dict[Path, DetectionSplit] = {}
     for split in splits.values():
         for image in split.images:
             path = image.path.resolve()
             other = seen.setdefault(path, split)
             if other is not split:
+                default = f" (data.{split.role} is not given)" if split.role in not_given else ""
                 raise InputError(
                     "image",
                     str(image.path),
-                    f"is in two roles: {other.role} ({other.name}) and {split.role} ({split.name}); "
+                    f"is in two roles: {other.role} ({other.name}) and {split.role} ({split.name}){default}; "
                     "keep it in one of them",
                 )
 

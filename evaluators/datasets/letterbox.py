@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluators.datasets.split import DetectionSplit, ImageRecord, clipped
+from evaluators.datasets.split import DetectionSplit, ImageRecord, clipped, is_object
 from spaces.detectors.base import Labels, Preprocess
 from spaces.errors import InputError
 
@@ -128,9 +128,9 @@ class LetterboxedImages:
         return len(self.split.images)
 
     def labels(self, index: int) -> Labels:
-        """What a network should find in image `index`; crowd regions are left out."""
+        """What a network should find in image `index`: no crowd regions, no boxes without area."""
         image, scale = self.split.images[index], torch.from_numpy(self.scales[index]).float()
-        objects = [one for one in self._annotations[image.id] if not one["iscrowd"]]
+        objects = [one for one in self._annotations[image.id] if is_object(one)]
         boxes = [clipped(one["bbox"], image.width, image.height) for one in objects]
         classes = [self._position[one["category_id"]] for one in objects]
         return Labels(

@@ -85,6 +85,11 @@ class DetectionSplit:
             grouped[annotation["image_id"]].append(annotation)
         return grouped
 
+    @property
+    def boxes_without_area(self) -> int:
+        """How many boxes have no width or no height; see `without_area`."""
+        return sum(without_area(annotation["bbox"]) for annotation in self.annotations)
+
     def part(self, role: str, name: str, keep: Callable[[ImageRecord], bool]) -> DetectionSplit:
         """The images that `keep` picks, with their annotations."""
         images = tuple(image for image in self.images if keep(image))
@@ -114,6 +119,7 @@ def checked_split(
     sizes = _unique(source, "image", [(image.id, (image.width, image.height)) for image in split.images])
     known = _unique(source, "category", [(one.id, one.name) for one in split.categories])
     _unique(source, "annotation", [(one["id"], None) for one in annotations])
+    misplaced: list[InputError] = []
     for annotation in annotations:
         where = f"{source}: annotation {annotation['id']}"
         if annotation["image_id"] not in sizes:
@@ -124,16 +130,41 @@ def checked_split(
                 annotation["category_id"],
                 f"unknown category; known are {_few(known)}",
             )
-        check_box(where, annotation["bbox"], *sizes[annotation["image_id"]])
+        try:
+            if not without_area(annotation["bbox"]):
+                check_box(where, annotation["bbox"], *sizes[annotation["image_id"]])
+        except InputError as error:
+            misplaced.append(error)
+            continue
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
+    if misplaced:
+        first, more = misplaced[0], len(misplaced) - 1
+        others = f" ({more} more of this file cannot be used, either)" if more else ""
+        raise InputError(first.field, first.value, first.remedy + others)
     if not split.images:
         raise InputError(f"{role} data", str(source), "the split is empty; it needs at least one image")
-    if all(one["iscrowd"] for one in annotations):
+    if not any(map(is_object, annotations)):
         raise InputError(
             f"{role} data", str(source), f"the split is empty: {name} has no box to learn or score"
         )
     return split
+
+
+def without_area(box: Any) -> bool:
+    """True for a box of no width or no height, of which COCO's own train2017 has two.
+
+    It stays where it is for scoring, as pycocotools counts it; nothing can be learnt from it.
+    """
+    try:
+        return all(map(math.isfinite, box)) and len(box) == 4 and min(box[2:]) == 0
+    except TypeError:
+        return False
+
+
+def is_object(annotation: dict[str, Any]) -> bool:
+    """True for what a network should find: no crowd region, and a box with an area."""
+    return not annotation["iscrowd"] and not without_area(annotation["bbox"])
 
 
 def clipped(box: list[float], width: float, height: float) -> tuple[float, float, float, float]:
@@ -154,11 +185,13 @@ def check_box(where: str, box: Any, width: int, height: int) -> None:
     x, y, w, h = box
     if w <= 0 or h <= 0:
         raise InputError(f"{where}: bbox", box, "has no area; width and height must be above 0")
-    if min(x, y) < -TOLERANCE or x + w > width + TOLERANCE or y + h > height + TOLERANCE:
+    beyond = max(-x, -y, x + w - width, y + h - height)
+    if beyond > TOLERANCE:
         raise InputError(
             f"{where}: bbox",
             box,
-            f"lies outside the image of {width} x {height} pixels; correct or remove it",
+            f"lies outside the image of {width} x {height} pixels by {beyond:.4g}, where {TOLERANCE:g} is "
+            "rounding; correct or remove it",
         )
     x1, y1, x2, y2 = clipped(box, width, height)
     if x2 <= x1 or y2 <= y1:

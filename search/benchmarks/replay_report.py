@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from search.benchmarks.contenders import CONTENDERS
 from search.benchmarks.curves import Curve, draw_curves
 from search.benchmarks.recorded import Recorded
 from search.benchmarks.replay import CORNER_LOSS, Outcome, with_interval
-from search.benchmarks.reports import table
+from search.benchmarks.reports import table, write
 from search.benchmarks.surrogate import NEAR, Surrogate
 
 OURS = "front"
 CHECKPOINTS = (25, 50, 100, 200, 300)
 
 
-def write_replay(
+def write_comparison(
     file: Path,
     recorded: Recorded,
     surrogate: Surrogate,
@@ -31,8 +30,6 @@ def write_replay(
     longest = max(outcome.volumes.shape[1] for outcome in outcomes.values())
     points = [t for t in CHECKPOINTS if t < longest] + [longest]
     lines = [
-        "# Samplers on recorded recipes",
-        "",
         f"Hypervolume against (base AP - {CORNER_LOSS:g}, base latency), 1 = no loss in no time. Medians "
         "over the seeds with 95 % bootstrap intervals. Space, sensitivities and probes are those of the "
         f"recorded studies; {len(recorded.recipes)} really evaluated recipes teach the surrogate.",
@@ -73,11 +70,10 @@ def write_replay(
     sources = {s: recorded.source.count(s) for s in dict.fromkeys(recorded.source)}
     lines += ["", "Recipes by the study that proposed them: "]
     lines[-1] += ", ".join(f"{name} {count}" for name, count in sources.items()) + "."
-    lines += ["", "## Conditions", ""]
-    lines += [f"- {name}: {value}" for name, value in (*facts.items(), *recorded.conditions.items())]
-    file.write_text("\n".join(lines) + "\n")
-    content = {name: outcome.volumes.round(5).tolist() for name, outcome in outcomes.items()}
-    file.with_suffix(".json").write_text(json.dumps(content, separators=(",", ":")) + "\n")
+    lines += ["", "## Conditions"]
+    volumes = {name: outcome.volumes.round(5).tolist() for name, outcome in outcomes.items()}
+    conditions = {**facts, **recorded.conditions}
+    write(file, "Samplers on recorded recipes", lines, {"volumes": volumes}, conditions, indent=None)
     draw_curves(
         file.with_suffix(".png"),
         [_curve(name, outcome) for name, outcome in outcomes.items()],

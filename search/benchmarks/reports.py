@@ -20,7 +20,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 
 def write(
-    file: Path, title: str, lines: Sequence[str], content: Mapping[str, Any], facts: Mapping[str, Any]
+    file: Path,
+    title: str,
+    lines: Sequence[str],
+    content: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    indent: int | None = 1,
 ) -> None:
     """Write a report.
 
@@ -30,11 +35,12 @@ def write(
         lines: Markdown.
         content: the figures, raw, for the JSON.
         facts: hardware, versions, command and date.
+        indent: of the JSON; None writes thousands of figures in one line.
     """
     text = [f"# {title}", "", *lines, "", *[f"- {key}: {value}" for key, value in facts.items()], ""]
     _replace(file, "\n".join(text))
     document = {"title": title, "facts": dict(facts), **content}
-    _replace(file.with_suffix(".json"), json.dumps(document, indent=1))
+    _replace(file.with_suffix(".json"), json.dumps(document, indent=indent))
 
 
 def rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -83,7 +83,7 @@ def evaluate(
     from spaces.errors import InputError
 
     changes = overrides(data, checkpoint, threads=threads, seed=seed) | {"name": study}
-    settings = load_config(config, changes)
+    settings = load_config(config, changes, needs_weights=model is None and trial is None)
     tell_licence(settings.model)
     if hint not in (None, "f32", "bf16"):
         raise InputError("--hint", hint, "choose f32 or bf16")

@@ -22,6 +22,7 @@ from search.commands.options import (
     Threads,
     config_of,
     overrides,
+    require_place,
     say,
     tell_licence,
 )
@@ -59,6 +60,7 @@ def finish(
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError("--output", str(output), "is there already; name a new folder")
+    require_place("--output", output)
     opened = load_study(study, url=storage)
     number = best_within(front_of(opened), max_map_drop).number if trial is None else trial
     expected = _stored_map(opened, number)

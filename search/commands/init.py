@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search.commands.hints import command
-from search.commands.options import say, tell_licence
+from search.commands.options import require_place, say, tell_licence
 
 if TYPE_CHECKING:
     from evaluators.datasets.split import DetectionSplit
@@ -29,7 +29,7 @@ data:
   fit: {fit}{select}
   report: {report}
 
-space:                   # what may change; also there: resize (a smaller input), factorize (low rank), drop
+space:                   # what may change; also there: {others}
   methods: [{methods}]
 
 target: openvino         # or onnxruntime: the engine that is scored and timed
@@ -72,6 +72,7 @@ def init(
     from spaces.errors import InputError
     from spaces.gates import gate_sites
     from spaces.layers import trace_layers
+    from spaces.methods.registry import METHODS
     from spaces.proposals import proposal_sites
 
     root = data.expanduser().absolute()
@@ -80,6 +81,9 @@ def init(
         raise InputError("--output", str(file), "is there already; name another file")
     if not file.parent.is_dir():
         raise InputError("--output", str(file), "its folder is missing")
+    require_place("--output", file)
+    if ":" not in model:
+        make_detector(model, num_classes=1)  # an unknown name is refused before much is read
     splits = load_splits(DataConfig(root=root))
     for role, split in splits.items():
         say(f"{role}: {len(split.images)} images, {len(split.annotations)} boxes ({split.name})")
@@ -110,6 +114,7 @@ def init(
         if checkpoint is None
         else f"checkpoint: {_quoted(str(checkpoint))}",
         methods=", ".join(methods),
+        others=", ".join(kind for kind in METHODS if kind not in methods),
         format="coco" if annotation_files(root) else "yolo",
         fit=_described(fit) if not divided else _quoted(fit.name.split("[")[0]),
         select=f"\n  select_fraction: 0.2   # of fit: {len(splits['select'].images)} images, to choose by"

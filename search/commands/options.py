@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,6 +94,22 @@ def config_of(study: SearchStudy, changes: dict[str, Any]) -> SearchConfig:
     if not isinstance(document, dict):
         raise InputError("study", study.name, "holds no configuration; it was not made by paredown search")
     return changed_config(document, changes, f"study {study.name}")
+
+
+def require_place(field: str, path: Path) -> None:
+    """Look at where something is to be written, before work is done for it.
+
+    Raises:
+        InputError: neither the folder of `path` nor the nearest one above it that is there can be written to.
+    """
+    from spaces.errors import InputError
+
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise InputError(field, str(path), f"{parent} cannot be written to ({error.strerror})") from None
 
 
 def benchmark_command() -> str:

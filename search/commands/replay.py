@@ -67,7 +67,7 @@ def replay_search(
     from search.benchmarks.contenders import CONTENDERS, require_contenders
     from search.benchmarks.recorded import read_recorded
     from search.benchmarks.replay import compare
-    from search.benchmarks.replay_report import write_replay
+    from search.benchmarks.replay_report import write_comparison
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     names = sampler or list(CONTENDERS)
@@ -76,6 +76,6 @@ def replay_search(
     surrogate, outcomes = compare(recorded, names, seeds, trials, say, processes or cpu_count())
     facts = benchmark_facts(optuna=optuna.__version__)
     report = output / f"replay_{recorded.detector.replace(':', '_')}.md"
-    write_replay(report, recorded, surrogate, outcomes, facts)
+    write_comparison(report, recorded, surrogate, outcomes, facts)
     say(report.read_text())
     return 0

@@ -169,6 +169,8 @@ def prepared_bench(settings: SearchConfig) -> Bench:
     for role in ("fit", "select"):
         split = bench.splits[role]
         say(f"{role}: {len(split.images)} images of {split.source}")
+        if split.boxes_without_area:
+            say(f"  {split.boxes_without_area} boxes without area are not trained on")
         look = bench.detector.preprocess
         LetterboxedImages.build(split, look.size, look.pad_value, settings.cache, _images_done, look.fit)
     return bench
@@ -257,6 +259,8 @@ def _finale(settings: SearchConfig, bench: Bench, study: SearchStudy, storage: s
     say("")
     say("Look at every trial in a browser:")
     say(f"  {command('dashboard', *place)}")
+    say("See what the same models lose on report, which nothing was chosen by:")
+    say(f"  {of_study('front', study.name, storage, '--report')}")
     say("Search on:")
     say(f"  {same_again('search', trials=2 * settings.search.trials)}")
     say(f"Take a model, here trial {number}:")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from search.commands.options import Seed, say, tell_licence
+from search.commands.options import Seed, require_place, say, tell_licence
 
 
 def train(
@@ -39,6 +39,8 @@ def train(
 
     from evaluators.baseline import BaselineConfig, train_baseline
 
+    require_place("--output", output)
+    require_place("--folder", folder / "checkpoint")
     torch.set_num_threads(threads)
     settings = BaselineConfig.read(config)
     tell_licence(settings.model)

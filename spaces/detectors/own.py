@@ -7,10 +7,14 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+import torch
+from torch import nn
 
 from spaces.detectors.base import Detector
 from spaces.errors import InputError
@@ -46,6 +50,28 @@ def own_detector(name: str, num_classes: int, size: tuple[int, int] | None) -> D
         raise InputError("model", name, f"is no Detector; it lacks {', '.join(missing)}")
     found: Detector = detector
     return found
+
+
+def require_runs(name: str, detector: Detector, network: nn.Module) -> None:
+    """Run a user's network once, on zeros of its size.
+
+    Raises:
+        InputError: it fails, with the place in the user's file; or it returns no tuple of tensors.
+    """
+    height, width = detector.preprocess.size
+    at = f"{height} x {width} pixels"
+    try:
+        with torch.no_grad():
+            outputs = network(torch.zeros(1, 3, height, width))
+    except Exception as error:  # whatever the user's code raises
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        cause = str(error).splitlines()[0] if str(error) else ""
+        where = f"{last.filename}, line {last.lineno}"
+        remedy = f"its network fails on an input of {at} ({type(error).__name__}: {cause}; {where})"
+        raise InputError("model", name, remedy) from error
+    if not isinstance(outputs, tuple) or not all(isinstance(one, torch.Tensor) for one in outputs):
+        returned = type(outputs).__name__
+        raise InputError("model", name, f"its network must return a tuple of tensors, not a {returned}")
 
 
 def located(name: str, folder: Path) -> str:

@@ -156,14 +156,14 @@ BROKEN: list[tuple[str, Callable[[Document], Any], str]] = [
     (
         "outside",
         put("annotations", 1, bbox=[30, 3, 20, 10]),
-        "annotation 2: bbox: [30, 3, 20, 10]: lies outside",
+        "annotation 2: bbox: [30, 3, 20, 10]: lies outside the image of 40 x 30 pixels by 10, where 1 is",
     ),
     (
         "above",
         put("annotations", 0, bbox=[0, -2, 20, 10]),
         "annotation 1: bbox: [0, -2, 20, 10]: lies outside",
     ),
-    ("flat", put("annotations", 0, bbox=[4, 3, 0, 10]), "annotation 1: bbox: [4, 3, 0, 10]: has no area"),
+    ("turned", put("annotations", 0, bbox=[4, 3, -1, 10]), "annotation 1: bbox: [4, 3, -1, 10]: has no area"),
     ("sliver", put("annotations", 0, bbox=[40, 3, 0.5, 9]), "[40, 3, 0.5, 9]: has no area inside"),
     ("nan", put("annotations", 0, bbox=[NAN, 3, 2, 2]), "annotation 1: bbox: [nan, 3, 2, 2]: must be finite"),
     ("infinite", put("annotations", 0, bbox=[1, 3, float("inf"), 2]), "must be finite"),
@@ -204,6 +204,25 @@ def test_broken_annotations_get_one_clear_line(
     line = message(write(tmp_path, val=content), "val")
     assert expected in line
     assert "val.json" in line
+
+
+def test_a_line_says_how_many_boxes_are_like_the_first(tmp_path: Path) -> None:
+    content = document(1, count=4)
+    for position in (1, 3):
+        put("annotations", position, bbox=[30, 3, 20, 10])(content)
+    line = message(write(tmp_path, val=content), "val")
+    assert "annotation 2: bbox" in line
+    assert "correct or remove it (1 more of this file cannot be used, either)" in line
+
+
+def test_boxes_without_area_are_read_and_counted(tmp_path: Path) -> None:
+    content = document(1)
+    put("annotations", 0, bbox=[4, 3, 20, 0])(content)
+    split = load_split(write(tmp_path, val=content), "val")
+    assert split.annotations[0]["bbox"] == [4, 3, 20, 0], "scored as pycocotools does it"
+    assert split.boxes_without_area == 1
+    put("annotations", 1, bbox=[4, 3, 0, 10])(content)
+    assert "val has no box to learn" in message(write(tmp_path, val=content), "val")
 
 
 def test_unreadable_json_gets_one_clear_line(tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ def test_labels_are_scaled_clipped_positions_without_crowds(tmp_path: Path) -> N
     assert (str(labels.boxes.dtype), str(labels.classes.dtype)) == ("torch.float32", "torch.int64")
 
 
+def test_boxes_without_area_are_no_labels(tmp_path: Path) -> None:
+    split = split_of(tmp_path, (40, 30))
+    flat = {**split.annotations[0], "id": 1000, "bbox": [1, 2, 7, 0]}
+    rows = [*split.annotations, flat]
+    split = checked_split("fit", "train", split.source, split.images, split.categories, rows)
+    assert len(LetterboxedImages.build(split, (32, 32), 0, tmp_path / "cache").labels(0).boxes) == 1
+
+
 def test_an_image_without_objects_has_empty_labels(tmp_path: Path) -> None:
     split = split_of(tmp_path, (40, 30), (40, 30))
     rest = [one for one in split.annotations if one["image_id"] == 10]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 import yaml
 
 from evaluators.datasets.digits import write_digits
-from search.cli import main
+from search.cli import _typed, main
 from search.commands.hints import of_study, same_again
 from search.config import load_config
 from spaces.detectors.registry import make_detector
@@ -79,6 +81,32 @@ def test_help_is_there_at_once_and_loads_nothing_heavy() -> None:
         assert option in run.stdout
 
 
+def test_arguments_of_a_script_are_what_is_proposed_next() -> None:
+    """`main([...])` in a user's own script: the command line of that script would be no use."""
+    before = sys.argv
+    with _typed(["search", "a.yaml", "--trials", "4"]):
+        assert same_again("search", trials=8).endswith(" search a.yaml --trials 8")
+    assert sys.argv is before
+
+
+def test_a_place_that_cannot_be_used_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(number: int) -> Callable[..., None]:
+        def app(**_: object) -> None:
+            raise OSError(number, os.strerror(number), "/a/place")
+
+        return app
+
+    for number, code in ((errno.EROFS, 2), (errno.ENOSPC, 1)):
+        monkeypatch.setattr("search.cli.app", fail(number))
+        assert main(["front"]) == code
+        assert capsys.readouterr().err == f"paredown: /a/place: {os.strerror(number)}\n"
+    monkeypatch.setattr("search.cli.app", fail(errno.EBADF))
+    with pytest.raises(OSError, match="Bad file"):
+        main(["front"])
+
+
 @pytest.mark.parametrize("script", ["search", "front", "evaluate", "finish", "dashboard", "train_baseline"])
 def test_every_script_is_a_command(script: str, tmp_path: Path) -> None:
     """From any working directory, and although scripts are called like our packages."""
@@ -112,7 +140,10 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["finish", "--study", "a", "--output", "o", "--trial", "-1"], "--trial"),
         (["dashboard", "--port", "99999"], "--port"),
         (["init", "--model", "yolox_nano", "--data", "nowhere"], "no such folder"),
+        (["init", "--model", "yolox_mega", "--data", "nowhere"], "unknown; choose one of"),
         (["train", "nowhere.yaml", "--output", "w.safetensors"], "missing"),
+        (["train", "nowhere.yaml", "--output", "/proc/w.safetensors"], "cannot be written to"),
+        (["finish", "--study", "a", "--output", f"{__file__}/m"], "cannot be written to (Not a directory)"),
     ],
 )
 def test_bad_arguments(

@@ -12,7 +12,7 @@ from search.benchmarks.contenders import CONTENDERS, Known
 from search.benchmarks.curves import apart
 from search.benchmarks.recorded import Recorded, decoded, encoded, read_recorded
 from search.benchmarks.replay import Outcome, compare, replay
-from search.benchmarks.replay_report import write_replay
+from search.benchmarks.replay_report import write_comparison
 from search.benchmarks.surrogate import MEAN, Surrogate
 from search.knowledge import LatencyLearner
 from spaces.errors import InputError
@@ -134,7 +134,7 @@ def test_a_comparison_is_reported(recorded: Recorded, tmp_path: Path) -> None:
     surrogate, outcomes = compare(
         recorded, ["random", "random, our seeds", "front"], 2, 12, lambda line: None
     )
-    write_replay(tmp_path / "replay.md", recorded, surrogate, outcomes, {"command": "here"})
+    write_comparison(tmp_path / "replay.md", recorded, surrogate, outcomes, {"command": "here"})
     text = (tmp_path / "replay.md").read_text()
     assert "| front |" in text
     assert "of its trials" in text

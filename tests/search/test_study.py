@@ -20,7 +20,7 @@ from evaluators.evaluation import Evaluation
 from search.owners import Driver, Owner, driver_of, recover_orphans
 from search.processes import process_started
 from search.storage import mask_url, open_storage
-from search.study import SearchStudy, load_study, open_study
+from search.study import SearchStudy, differences_of, load_study, open_study
 from search.trials import TrialWriter, counts, evaluation_of, give_back, owner_of, recipe_of
 from spaces.errors import InputError
 
@@ -69,6 +69,14 @@ def test_a_study_made_for_something_else_is_refused_with_what_differs(study: Sea
     with pytest.raises(InputError, match="objectives"):
         open_study(study.name, FINGERPRINT, {**OBJECTIVES, "params": "minimize"}, url=url_of(study))
     assert toy_study(study.artifacts.parents[1], study.name, url_of(study)).fingerprint == FINGERPRINT
+
+
+def test_of_objects_only_the_fields_that_differ_are_named() -> None:
+    before, now = (
+        {"plan": '{"epochs": 0, "rate": 1}', "b": "{"},
+        {"plan": '{"epochs": 1, "rate": 1}', "b": "}"},
+    )
+    assert differences_of(before, now) == ["b: '{' -> '}'", "plan epochs: 0 -> 1"]
 
 
 def test_somebody_elses_study_is_left_alone(tmp_path: Path) -> None:

@@ -293,3 +293,15 @@ def test_ctrl_c_ends_everything_and_only_loopback_listens(short_folder: Path) ->
         assert driver.returncode == 0
         assert left_after(family, 10) == []
         assert list(short_folder.iterdir()) == []
+
+
+def test_a_stopped_service_ends_although_ray_is_gone_first(short_folder: Path) -> None:
+    with started_driver(short_folder) as driver:
+        family = session_members(driver.pid)
+        os.killpg(driver.pid, signal.SIGTERM)  # as systemd and `timeout` do it: Ray's own processes end, too
+        out, err = driver.communicate(timeout=30)
+        assert (driver.returncode, out, err) in [
+            (130, "", "paredown: stopped; finished trials are kept, and the same command goes on\n"),
+            (0, "ended False ['a', 'b']\n", ""),
+        ]
+        assert left_after(computing(family), 10) == []

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from spaces.detectors.base import Detector, Labels
-from spaces.detectors.own import located
+from spaces.detectors.own import located, require_runs
 from spaces.detectors.registry import make_detector
 from spaces.errors import InputError
 from spaces.testing import DetectorContract, noise
+from tests.spaces.toy import ToyDetector
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "scripts" / "examples" / "own_detector.py"
 MODEL = f"{EXAMPLE}:OwnDetector"
@@ -118,6 +119,25 @@ def test_what_is_wrong_is_said_in_one_line(source: str | None, message: str, tmp
     with pytest.raises(InputError, match=message) as caught:
         make_detector(f"{file}:Mine", 3)
     assert "\n" not in str(caught.value)
+
+
+class Failing(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images + images[:, :, 1:]
+
+
+class Listing(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
+        return [images]
+
+
+def test_a_network_that_does_not_run_is_refused_with_the_place() -> None:
+    detector = ToyDetector()
+    require_runs("mine.py:Mine", detector, detector.build().eval())
+    with pytest.raises(InputError, match=r"fails on an input of 16 x 16 pixels \(RuntimeError: .*own_det"):
+        require_runs("mine.py:Mine", detector, Failing())
+    with pytest.raises(InputError, match="must return a tuple of tensors, not a list"):
+        require_runs("mine.py:Mine", detector, Listing())
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:
