@@ -22,7 +22,7 @@ from search.commands.options import (
 )
 from search.commands.replay import RECIPES
 
-SAMPLERS = ("tpe", "nsga2", "tpe, our seeds", "nsga2, our seeds", "front")
+SAMPLERS = ("tpe", "tpe, our seeds", "tpe, 15 of our seeds", "front, solver alone", "front")
 
 
 def fronts(
