@@ -130,6 +130,7 @@ def train_baseline(
         folder / f"{output.stem}.checkpoint.pt",
         report,
         loaders,
+        "" if start is None else str(start),
     )
     average = trained.network
     save_weights(average, output, torch.float16)

@@ -105,12 +105,12 @@ def features(table: SpaceTable, shapes: Shapes) -> NDArray[np.float64]:
 
     For each bit-width: multiplications of dense layers and of depthwise ones in whole vector blocks, and
     elements written, by each factor of a factorised layer; where the space replaces activation functions,
-    elements that a costly one takes as well; and layers, each of which is started. At 8 bits also what dense
-    layers with a kernel gather before they multiply: of few channels and a large kernel, as a stem is, it
-    takes longer than the multiplications. Where it may make the input smaller, pixels of the input. Then
-    elements that cross from one bit-width to another (casts and Q/DQ); where the space lowers the number of
-    proposals, the share of them that is cut out of the pyramid; where it lowers that of boxes that go into
-    suppression, their share; and 1.
+    elements that a costly one takes as well, and those that a polynomial takes; and layers, each of which is
+    started. At 8 bits also what dense layers with a kernel gather before they multiply: of few channels and a
+    large kernel, as a stem is, it takes longer than the multiplications. Where it may make the input smaller,
+    pixels of the input. Then elements that cross from one bit-width to another (casts and Q/DQ); where the
+    space lowers the number of proposals, the share of them that is cut out of the pyramid; where it lowers
+    that of boxes that go into suppression, their share; and 1.
     """
     before = np.roll(shapes.bits, 1, axis=1)
     before[:, 0] = shapes.bits[:, 0]
@@ -140,7 +140,7 @@ def _terms(
     thin = max(float(base.macs[:, table.depthwise].sum()), 1e-9)
     macs_dense, macs_thin = macs * ~depthwise / scale, macs * depthwise / thin
     written = shapes.outputs * positions / elements
-    costly = written * shapes.costly
+    costly, approximated = written * shapes.costly, written * shapes.polynomial
     written = written + sum(part.outputs * part.positions for part in thin_parts) / elements
     started = (shapes.outputs > 0) + sum(part.outputs > 0 for part in thin_parts)
     for width in WIDTHS:
@@ -150,6 +150,8 @@ def _terms(
         yield written * here
         if table.activates:
             yield costly * here
+        if table.approximates:
+            yield approximated * here
         yield started * here / len(table.layers)
     gathers = (table.kernel > 1) & ~table.depthwise
     gathered = max(float((base.inputs * table.kernel * base.positions * gathers).sum()), 1e-9)

@@ -92,6 +92,7 @@ def train(
     checkpoint: Path | None = None,
     report: Report | None = None,
     loaders: int = 0,
+    start: str = "",
 ) -> Trained:
     """Train `network` in place, on the device that it is on, and return the moving average of its weights.
 
@@ -107,9 +108,10 @@ def train(
         report: called after every epoch.
         loaders: processes that change images, whole epochs ahead; 0 does it between the steps. The batches
             are the same. A GPU would wait for a single process most of the time.
+        start: what the network began with, in words.
 
     Raises:
-        InputError: the checkpoint belongs to another plan or network.
+        InputError: the checkpoint belongs to another plan, network, start or other images.
         FloatingPointError: the loss is no longer finite.
     """
     network.to(memory_format=torch.channels_last)  # a fifth less time a step on CPU
@@ -117,8 +119,9 @@ def train(
     average = deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(_groups(network, plan.weight_decay), lr=plan.learning_rate)
     done, total = 0, 0.0
+    origin = {"settings": plan.model_dump_json(), "images": images.split.fingerprint(), "start": start}
     if checkpoint is not None and checkpoint.exists():
-        done, total = _restore(checkpoint, plan, network, average, optimizer)
+        done, total = _restore(checkpoint, origin, network, average, optimizer)
     device = next(network.parameters()).device
     blind = BlindTaps(network, torch.zeros(1, 3, *detector.preprocess.size, device=device))
     started = time.perf_counter()
@@ -152,7 +155,7 @@ def train(
         started = time.perf_counter()
         total += seconds
         if checkpoint is not None:
-            _save(checkpoint, plan, epoch + 1, total, network, average, optimizer)
+            _save(checkpoint, origin, epoch + 1, total, network, average, optimizer)
         if report is not None:
             rate = optimizer.param_groups[0]["lr"]
             report(EpochReport(epoch + 1, float(np.mean(losses)), rate, seconds), average)
@@ -251,7 +254,7 @@ def _as_it_is(batches: list[Batch]) -> list[Batch]:
 
 def _save(
     checkpoint: Path,
-    plan: TrainingPlan,
+    origin: dict[str, str],
     epochs: int,
     seconds: float,
     network: nn.Module,
@@ -261,7 +264,7 @@ def _save(
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     draft = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}")
     state = {
-        "plan": plan.model_dump_json(),
+        **origin,
         "epochs": epochs,
         "seconds": seconds,
         "network": network.state_dict(),
@@ -274,7 +277,7 @@ def _save(
 
 def _restore(
     checkpoint: Path,
-    plan: TrainingPlan,
+    origin: dict[str, str],
     network: nn.Module,
     average: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -284,14 +287,16 @@ def _restore(
         state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError):
         raise InputError("checkpoint", str(checkpoint), "is damaged; remove it to start anew") from None
-    if state["plan"] != plan.model_dump_json():
-        raise InputError("checkpoint", str(checkpoint), "made under another plan; remove it to start anew")
+    for name, value in origin.items():
+        if state.get(name) != value:
+            remedy = f"is of a training with other {name}; remove it to start anew"
+            raise InputError("checkpoint", str(checkpoint), remedy)
     try:
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
     except RuntimeError:
         raise InputError(
-            "checkpoint", str(checkpoint), "of another network; remove it to start anew"
+            "checkpoint", str(checkpoint), "is of another network; remove it to start anew"
         ) from None
     optimizer.load_state_dict(state["optimizer"])
     return int(state["epochs"]), float(state["seconds"])

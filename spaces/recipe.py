@@ -57,7 +57,7 @@ class Activate(_Frozen):
 
     kind: Literal["activate"] = "activate"
     site: str
-    function: Literal["own", "hardswish", "relu"]
+    function: Literal["own", "polynomial", "hardswish", "relu"]
 
 
 class Drop(_Frozen):

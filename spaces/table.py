@@ -39,6 +39,7 @@ class Shapes:
         macs: `(N, L)` multiply-accumulates, of all factors of a factorised layer.
         bits: `(N, L)` bit-widths.
         costly: `(N, L)` cost of the activation function behind the layer over that of a costly one, 0..1.
+        polynomial: `(N, L)` 1 where a polynomial stands in the place of a costly activation function.
         rank_in, rank_out: `(N, L)` channels behind the first factor of a factorised layer and before its
             last one; 0 where it is whole.
         positions, read: `(N, L)` height x width of what the layer produces and reads, of all proposals.
@@ -50,6 +51,7 @@ class Shapes:
     macs: NDArray[np.float64]
     bits: NDArray[np.int64]
     costly: NDArray[np.float64]
+    polynomial: NDArray[np.float64]
     rank_in: NDArray[np.float64]
     rank_out: NDArray[np.float64]
     positions: NDArray[np.float64]
@@ -107,6 +109,7 @@ class SpaceTable:
         self._multiple = 1
         self._bits = np.full((len(self.names), most, layers), 32)
         self._saved = np.zeros((len(self.names), most, layers))
+        self._polynomial = np.zeros((len(self.names), most, layers))
         self._dropped = np.zeros((len(self.names), most, layers))
         self._size = np.zeros((len(self.names), most), np.int64)
         self._fewer = np.zeros((len(self.names), most, layers))  # 1 - share of the proposals
@@ -136,6 +139,7 @@ class SpaceTable:
                         case Activate():
                             followed = [place[layer] for layer in sites.activation[choice.site].layers]
                             self._saved[p, o, followed] = SAVED.get(choice.function, 0.0)
+                            self._polynomial[p, o, followed] = choice.function == "polynomial"
                         case Factorize():
                             thinner = [place[layer] for layer in sites.layer[choice.site].layers]
                             self._low_rank[p, o, thinner] = 1 - choice.rank_ratio
@@ -157,6 +161,9 @@ class SpaceTable:
         self._sets_bits = (self._bits != 32).any(axis=1)
         # What adds up over parameters; a layer's rank is chosen by one parameter alone.
         self._summed = [self._lost_in, self._lost_out, self._low_rank, self._saved, self._dropped]
+        self.approximates = bool(self._polynomial.any())
+        """True where the space may put a polynomial in the place of activation functions."""
+        self._summed += [self._polynomial] * self.approximates
         self.proposes = bool(self._fewer.any())
         """True where the space may lower the number of proposals."""
         self.shortens = bool(self._passed_over.any())
@@ -257,6 +264,9 @@ class SpaceTable:
             (v[size] if layers is None else v[size, layers]) for v in (self._positions, self._read)
         )
         lost_in, lost_out, low_rank, saved, dropped, *rest = summed
+        polynomial = np.zeros(saved.shape)
+        if self.approximates:
+            polynomial, *rest = rest
         if self.proposes:
             fewer, *rest = rest
             positions, read = positions * (1 - fewer), read * (1 - fewer)
@@ -275,7 +285,9 @@ class SpaceTable:
             factors = sum(part.macs for part in geometry.parts(inputs, outputs, rank_in, rank_out))
             macs = np.where(rank_in > 0, factors, macs)
         costly = np.maximum(self._costly[at] - saved, 0.0)
-        return Shapes(inputs, outputs, macs, bits, costly, rank_in, rank_out, positions, read, boxes)
+        return Shapes(
+            inputs, outputs, macs, bits, costly, polynomial, rank_in, rank_out, positions, read, boxes
+        )
 
     def thin_parts(self, shapes: Shapes, layers: NDArray[np.int64] | slice) -> tuple[Part, ...]:
         """What factorised layers compute before their last factor; nothing where the space has none.

@@ -91,7 +91,7 @@ def write_courses(file: Path, courses: Sequence[Course], facts: Mapping[str, Any
     ]
     rows = []
     for course in courses:
-        by_time = ["{:.4f} ({} trials)".format(*course.at_minute(minute)) for minute in minutes]
+        by_time = ["{:.4f} ({} done)".format(*course.at_minute(minute)) for minute in minutes]
         by_trials = [f"{course.volumes[n - 1]:.4f}" for n in trials]
         rows.append([course.name, *by_time, *by_trials, course.stopped, f"{course.minutes[-1]:.1f}"])
     lines = [

@@ -81,7 +81,11 @@ class Recorded(BaseModel):
         topk = postprocess_of(detector).pre_nms_topk if "topk" in self.methods else None
         sites = find_sites(detector, detector.build(), MAX_PARAMETERS, resized, topk)
         capabilities = Capabilities(self.bit_widths, self.channel_granule)
-        space = build_space(detector, sites, capabilities, self.methods, self.granularity)
+        functions = {
+            v for name, values in self.values.items() if name.startswith("activation ") for v in values
+        }
+        wanted = (self.methods, self.granularity, (), sorted(map(str, functions)))
+        space = build_space(detector, sites, capabilities, *wanted)
         if {name: p.values for name, p in space.parameters.items()} != self.values:
             raise InputError("recipes", self.detector, "were recorded in another space; record them anew")
         return SpaceTable(space)

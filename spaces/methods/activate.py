@@ -1,4 +1,4 @@
-"""Cheaper activation functions: ReLU, or hard-swish, in the place of SiLU and its like."""
+"""Cheaper activation functions: ReLU, hard-swish or a polynomial in the place of SiLU and its like."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from spaces.activations import COSTLY
+from spaces.activations import COSTLY, PolynomialSiLU
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
 from spaces.methods.base import Draft, Statistics
 from spaces.recipe import Activate, Choice
 from spaces.sites import Sites
 
-CHEAPER: Mapping[str, type[nn.Module]] = {"hardswish": nn.Hardswish, "relu": nn.ReLU}
+CHEAPER: Mapping[str, type[nn.Module]] = {
+    "polynomial": PolynomialSiLU,
+    "hardswish": nn.Hardswish,
+    "relu": nn.ReLU,
+}
+"""From the closest to SiLU to the cheapest."""
 
 
 class Activation:
@@ -22,10 +27,11 @@ class Activation:
     kind = "activate"
 
     def options(self, sites: Sites, capabilities: Capabilities) -> dict[str, tuple[Choice, ...]]:
-        """The stage's own function, hard-swish where that is a cheaper one, ReLU."""
+        """The stage's own function, a polynomial where that is SiLU, hard-swish where it is not, ReLU."""
         return {
             name: (
                 Activate(site=name, function="own"),
+                *([Activate(site=name, function="polynomial")] if site.function == "silu" else []),
                 *([] if site.function == "hardswish" else [Activate(site=name, function="hardswish")]),
                 Activate(site=name, function="relu"),
             )

@@ -156,8 +156,14 @@ def test_a_killed_training_ends_like_one_that_was_not(images: LetterboxedImages,
         assert torch.equal(value, after.network.state_dict()[name]), name
     assert after.seconds > sum(epoch.seconds for epoch in resumed)
 
-    with pytest.raises(InputError, match="another plan"):
+    with pytest.raises(InputError, match="other settings"):
         train(DETECTOR, fresh(), images, plan.model_copy(update={"seed": 1}), tmp_path / "c.pt")
+    with pytest.raises(InputError, match="other start"):
+        train(DETECTOR, fresh(), images, plan, tmp_path / "c.pt", start="COCO_V1")
+    fewer = images.split.part("fit", "half", lambda image: image.id % 2 == 0)
+    half = LetterboxedImages.build(fewer, (96, 96), 114, tmp_path / "cache")
+    with pytest.raises(InputError, match="other images"):
+        train(DETECTOR, fresh(), half, plan, tmp_path / "c.pt")
     other = YoloX("other", 10, (96, 96), depth=0.33, width=0.25)
     with pytest.raises(InputError, match="another network"):
         train(other, other.build(), images, plan, tmp_path / "c.pt")

@@ -69,9 +69,9 @@ def test_the_report_compares_after_equal_time_and_equal_trials(tmp_path: Path) -
     assert "| study | 1.0 min | 2.0 min | 3.0 min | 4.0 min | 1 trials" in "\n".join(lines)
     row = next(line for line in lines if line.startswith("| slow"))
     assert row.split(" | ")[1:5] == [
-        "0.0000 (0 trials)",
-        "0.0000 (1 trials)",
-        "0.0000 (1 trials)",
-        "0.0000 (1 trials)",
+        "0.0000 (0 done)",
+        "0.0000 (1 done)",
+        "0.0000 (1 done)",
+        "0.0000 (1 done)",
     ]
     assert (tmp_path / "live.json").exists()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from evaluators.export import export_graph
 from evaluators.latency_model import LatencyModel, features
+from spaces.activations import PolynomialSiLU
 from spaces.apply import apply, rebuild, same_state, save
 from spaces.capabilities import Capabilities
 from spaces.detectors.base import Category, Outputs, Postprocess
@@ -102,6 +103,33 @@ def test_a_network_without_costly_activations_has_no_sites() -> None:
     assert build_space(detector, sites, CPU, ("activate",)).parameters == {}
 
 
+def test_the_polynomial_is_close_to_silu() -> None:
+    """Against the figures in its docstring, by numerical integration."""
+    x = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    ours, silu = PolynomialSiLU().eval()(x), nn.functional.silu(x)
+    density = torch.exp(-(x**2) / 8)
+    error = float((((ours - silu) ** 2 * density).sum() / density.sum()).sqrt())
+    assert error == pytest.approx(0.0062, abs=1e-4)
+    assert float((ours - silu).abs().max()) == pytest.approx(0.0365, abs=1e-4)
+    assert float(PolynomialSiLU().eval()(torch.tensor(20.0))) == pytest.approx(20.0, abs=1e-4)
+    assert float(PolynomialSiLU().eval()(torch.tensor(-20.0))) == pytest.approx(0.0, abs=1e-4)
+    assert torch.equal(PolynomialSiLU().train()(x), silu)
+    hard = nn.functional.hardswish(x)
+    assert float((((hard - silu) ** 2 * density).sum() / density.sum()).sqrt()) > 11 * error
+
+
+def test_a_polynomial_is_written_without_exponentials(yolox: YoloX, base: nn.Module, sites: Sites) -> None:
+    choices = tuple(Activate(site=name, function="polynomial") for name in sites.activation)
+    network = apply(base, Recipe(detector="narrow", choices=choices), sites).network
+    graph = export_graph(network, yolox, Postprocess(), [Category(k, str(k)) for k in range(3)])
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("Sigmoid") == 2  # objectness and classes, in decoding
+    assert "Exp" not in kinds[: kinds.index("Sigmoid")]
+    images = noise(yolox, 1)
+    for ours, wanted in zip(outputs_of(network, images), outputs_of(base, images), strict=True):
+        assert (ours - wanted).abs().max() < 0.1 * wanted.std()
+
+
 def test_relu_stage_by_hand(yolox: YoloX, base: nn.Module, sites: Sites) -> None:
     recipe = Recipe(detector="narrow", choices=(Activate(site="head", function="relu"),))
     by_hand = copy.deepcopy(base)
@@ -168,6 +196,13 @@ def test_shown_by_name_and_priced(yolox: YoloX, sites: Sites) -> None:
     assert np.array_equal(step.costly[0], shapes.costly[1])
     back = table.neighbours(options[1], place, np.zeros(1, np.int64))
     assert back.costly[0] == pytest.approx(shapes.costly[0])
+    smooth = table.shapes(table.options([space.identity_params() | {"activation dark3": "polynomial"}]))
+    assert np.array_equal(smooth.costly[0], shapes.costly[1])
+    assert {n for n, there in zip(table.layers, smooth.polynomial[0], strict=True) if there} == gone
+    assert not shapes.polynomial.any()
+    place = [list(space.parameters).index("activation dark3")]
+    one = table.neighbours(options[0], np.array(place), np.array([1]))
+    assert np.array_equal(one.polynomial, smooth.polynomial)
     milder = table.shapes(table.options([space.identity_params() | {"activation dark3": "hardswish"}]))
     assert milder.costly[0] == pytest.approx(shapes.costly[1] + 0.07 * np.isin(table.layers, list(gone)))
     price = np.zeros(features(table, shapes).shape[1])
@@ -179,5 +214,5 @@ def test_shown_by_name_and_priced(yolox: YoloX, sites: Sites) -> None:
 
 
 def test_unknown_function_in_a_stored_plan_is_refused(base: nn.Module) -> None:
-    with pytest.raises(InputError, match="choose from hardswish, relu"):
+    with pytest.raises(InputError, match="choose from polynomial, hardswish, relu"):
         replace_activations(copy.deepcopy(base), {"head.stems.0.act": "tanh"})
