@@ -22,7 +22,8 @@ def seed_recipes(
     """Every whole bit-width first, then recipes `(P,)` spaced evenly by the logarithm of their damage.
 
     All layers at one width is what other tools make of a network, and needs no training: a front should not
-    lie behind it because the models of damage and latency were wrong about it. Of the solutions, the mildest
+    lie behind it because the models of damage and latency were wrong about it. Likewise the fastest of them
+    with a polynomial in all stages, where that gains anything. Of the solutions, the mildest
     is allowed what bfloat16 in all layers does, where the target has it: that is free in practice. The
     strongest has an eighth of the largest damage, beyond which nothing is left.
 
@@ -34,6 +35,12 @@ def seed_recipes(
     """
     starts = uniform_starts(table)
     uniform = [row for row in starts[1:] if narrowest(table, row) >= WHOLE_BITS]
+    smooth = [row for row in smooth_starts(table) if narrowest(table, row) >= WHOLE_BITS]
+    if smooth:
+        ratios = model.predict(np.stack(smooth))
+        fastest = smooth[int(ratios.argmin())]
+        if ratios.min() < model.predict(own_functions(table, fastest)[None])[0]:
+            uniform.append(fastest)
     path = damage_path(damage, model, starts)
     if not path:
         return uniform
@@ -56,6 +63,21 @@ def _bfloat16_damage(table: SpaceTable, damage: NDArray[np.float64]) -> float:
         if parameter.kind == "quantize" and 16.0 in parameter.values:
             total += float(damage[p, parameter.values.index(16.0)])
     return total
+
+
+def smooth_starts(table: SpaceTable) -> list[NDArray[np.int64]]:
+    """All layers at each bit-width, with a polynomial in every stage that offers one; empty without such."""
+    place = [
+        p.values.index("polynomial") if p.kind == "activate" and "polynomial" in p.values else 0
+        for p in table.space.parameters.values()
+    ]
+    return [row + np.array(place, np.int64) for row in uniform_starts(table)] if any(place) else []
+
+
+def own_functions(table: SpaceTable, options: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A recipe `(P,)` with every stage's own activation function."""
+    replaced = np.array([p.kind == "activate" for p in table.space.parameters.values()])
+    return np.where(replaced, 0, options)
 
 
 def uniform_starts(table: SpaceTable) -> list[NDArray[np.int64]]:

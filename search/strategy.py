@@ -14,7 +14,7 @@ from evaluators.jobs import Job
 from evaluators.ranking import Problem
 from search.knowledge import PROBE, finished_trials, latency_learner, measured_damage
 from search.sampler import LARGEST_LOSS, FrontSampler
-from search.seeds import seed_recipes, uniform_starts
+from search.seeds import seed_recipes, smooth_starts, uniform_starts
 from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, store_sensitivity
 from search.study import SearchStudy
 from search.warm_start import warm_seeds
@@ -112,7 +112,8 @@ class Preparations:
 
 
 def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
-    """Recipes for the latency model: every bit-width used everywhere, then random mixtures.
+    """Recipes for the latency model: every bit-width used everywhere, also with polynomials for activation
+    functions where there are such, then random mixtures.
 
     Half of the random ones keep to one bit-width, the others mix two: the widths are drawn per parameter
     with a share of its own, and so is how far every other kind of choice goes.
@@ -122,7 +123,7 @@ def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
     every = [parameter.kind for parameter in table.space.parameters.values()]
     others = list(dict.fromkeys(kind for kind in every if kind != "quantize"))
     kinds = np.array([others.index(kind) if kind in others else 0 for kind in every], np.int64)
-    rows = uniform_starts(table)[1:]
+    rows = [*uniform_starts(table)[1:], *smooth_starts(table)]
     while len(rows) < count:
         strength = np.array([random.random() for _ in range(int(kinds.max(initial=0)) + 1)])[kinds]
         pruned = random.binomial(np.maximum(table.sizes - 1, 0), strength)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from evaluators.bench import Bench
 from spaces.methods.registry import METHODS
-from spaces.recipe import AnyChoice, Choice, Codebook, Factorize, Prune, Quantize, Recipe, TopK
+from spaces.recipe import Activate, AnyChoice, Choice, Codebook, Factorize, Prune, Quantize, Recipe, TopK
 
 SPARSITY, RANK, ENTRIES = 0.25, 0.5, 64
 """Share of the channels that goes at every site, or what it offers nearest to that; rank over the full one;
@@ -62,8 +62,15 @@ def _clustered(bench: Bench) -> list[AnyChoice]:
     return [Codebook(site=site, entries=ENTRIES) for site in bench.sites.layer]  # type: ignore[arg-type]
 
 
-def _activated(bench: Bench) -> list[AnyChoice]:
-    return [options[-1] for options in _options(bench, "activate")]
+def _activated(bench: Bench, function: str) -> list[AnyChoice]:
+    """One function in all stages that offer it."""
+    offered = (choice for options in _options(bench, "activate") for choice in options)
+    return [choice for choice in offered if isinstance(choice, Activate) and choice.function == function]
+
+
+def _smooth_and_half(bench: Bench) -> list[AnyChoice]:
+    smooth, half = _activated(bench, "polynomial"), _quantised(bench, 16)
+    return [*smooth, *half] if smooth and half else []
 
 
 def _dropped(bench: Bench) -> list[AnyChoice]:
@@ -78,7 +85,9 @@ MODERATE: dict[str, Callable[[Bench], list[AnyChoice]]] = {
     "quantize bf16": lambda bench: _quantised(bench, 16),
     "codebook": _clustered,
     "factorize": lambda bench: _factorised(bench, RANK),
-    "activate": _activated,
+    "activate": lambda bench: _activated(bench, "relu"),
+    "activate polynomial": lambda bench: _activated(bench, "polynomial"),
+    "activate polynomial, bf16": _smooth_and_half,
     "drop": _dropped,
     "gate": lambda bench: [options[-1] for options in _options(bench, "gate")],
     "topk": lambda _: [TopK(count=BOXES)],
@@ -93,6 +102,8 @@ MEANING: dict[str, str] = {
     "codebook": f"every weight stored as one of {ENTRIES} values of its layer",
     "factorize": f"{RANK:g} of the full rank, or the next above, of every layer that becomes cheaper by it",
     "activate": "ReLU in the place of costlier activations, in all stages",
+    "activate polynomial": "SiLU by a polynomial of degree 7, in all stages",
+    "activate polynomial, bf16": "the same with every layer in bfloat16",
     "drop": "every second residual block left out",
     "gate": "constant gates in all squeeze-and-excitation blocks",
     "topk": f"no more than {BOXES} boxes go into suppression",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,18 +67,25 @@ def overhead(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search = MadeUpSearch(parameters)
     found = Overhead(busy(trial_seconds) if multiply else Work(trial_seconds), len(search.table.names))
-    if "first-job" in wanted:
-        _first_job(found, config)
-    if "workers" in wanted:
-        _workers(found, search, trials)
-    if "trials" in wanted:
-        _trials(found, search, kinds, finished, asks)
-    if "simulation" in wanted:
-        _simulation(found, search, kinds, simulate or [64, 256, 1000])
     versions = {module.__name__: module.__version__ for module in (optuna, ray, sqlalchemy)}
     facts = {key: str(value) for key, value in machine_signature().items()} | benchmark_facts(**versions)
     report = output / "overhead.md"
-    write_overhead(report, found, facts)
+
+    def save() -> None:
+        """As it goes: the last simulations take longest."""
+        write_overhead(report, found, facts)
+
+    if "first-job" in wanted:
+        _first_job(found, config)
+        save()
+    if "workers" in wanted:
+        _workers(found, search, trials)
+        save()
+    if "trials" in wanted:
+        _trials(found, search, kinds, finished, asks)
+        save()
+    if "simulation" in wanted:
+        _simulation(found, search, kinds, simulate or [64, 256, 1000], save)
     say(report.read_text())
     return 0
 
@@ -113,16 +121,19 @@ def _trials(found: Overhead, search: MadeUpSearch, kinds: list[str], finished: i
         )
 
 
-def _simulation(found: Overhead, search: MadeUpSearch, kinds: list[str], counts: list[int]) -> None:
+def _simulation(
+    found: Overhead, search: MadeUpSearch, kinds: list[str], counts: list[int], save: Callable[[], None]
+) -> None:
     from search.benchmarks.databases import database
     from search.benchmarks.null_jobs import ray_seconds
     from search.benchmarks.simulation import simulate
 
     found.ray_s = ray_seconds(say)
-    for kind in kinds:
-        for count in counts:
+    for count in sorted(counts):
+        for kind in kinds:
             say(f"{kind}: {count} workers on a virtual clock")
             with database(kind) as (url, folder):
                 one = simulate(search, url, folder, count, ray_s=found.ray_s, say=say)
             found.simulated.setdefault(kind, []).append(one)
+            save()
             say(f"  {one.trials_per_hour:.0f} trials an hour, the driver busy {one.driver:.0%} of the time")

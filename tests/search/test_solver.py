@@ -8,8 +8,12 @@ import pytest
 from numpy.typing import NDArray
 
 from evaluators.latency_model import LatencyModel, features
-from search.seeds import narrowest, uniform_starts
+from search.seeds import narrowest, own_functions, seed_recipes, smooth_starts, uniform_starts
 from search.solver import PathPoint, at_damages, damage_path
+from spaces.capabilities import Capabilities
+from spaces.detectors.yolox import YoloX
+from spaces.sites import find_sites
+from spaces.space import build_space
 from spaces.table import SpaceTable
 from tests.search.toy_space import resizing_table, toy_table
 
@@ -142,3 +146,27 @@ def test_whole_widths_are_seeds_but_for_those_that_need_training() -> None:
     rows = uniform_starts(table)[1:]
     assert [narrowest(table, row) for row in rows] == [16.0, 8.0]
     assert narrowest(table, np.zeros(len(table.names), np.int64)) == 32.0
+
+
+@pytest.mark.parametrize(("polynomial", "gains"), [(0.01, True), (0.5, False)])
+def test_polynomials_in_all_stages_are_a_seed_where_they_gain(polynomial: float, gains: bool) -> None:
+    detector = YoloX("narrow", 3, (64, 64), depth=0.33, width=0.125)
+    sites = find_sites(detector, detector.build())
+    capabilities = Capabilities(bit_widths=(32, 16, 8), channel_granule=8)
+    table = SpaceTable(build_space(detector, sites, capabilities, ("quantize", "activate"), "stage"))
+    smooth = smooth_starts(table)
+    assert [narrowest(table, row) for row in smooth] == [32.0, 16.0, 8.0]
+    shapes = table.shapes(np.stack(smooth))
+    assert (shapes.polynomial > 0).any(axis=1).all()
+    assert not (shapes.costly * shapes.polynomial).any()
+    assert all(not table.shapes(own_functions(table, row)[None]).polynomial.any() for row in smooth)
+    # dense, depthwise, written, costly, polynomial, started: at 32, then at 16, then at 8 bits
+    weights = np.full(features(table, table.base).shape[1], 0.01)
+    weights[[0, 6, 12]], weights[[3, 9, 15]], weights[[4, 10, 16]] = (0.6, 0.3, 0.4), 0.2, polynomial
+    seeds = seed_recipes(table, random_damage(table, 0), LatencyModel(table, weights, 0.0), count=1)
+    assert any(np.array_equal(row, smooth[1]) for row in seeds) == gains
+    assert [narrowest(table, row) for row in seeds[:2]] == [16.0, 8.0]
+
+
+def test_nothing_is_smooth_where_no_stage_offers_it() -> None:
+    assert smooth_starts(toy_table()) == []
