@@ -157,6 +157,7 @@ def write_picture(
                     row,
                     map=measured.map[split],
                     split=split,
+                    role="",
                     latency_ms=ratio * front.base.latency_ms,
                     latency_ratio=ratio,
                     ratio_low=low,
@@ -169,7 +170,7 @@ def write_picture(
         for row in compared[1:]
         if not row.name.startswith(TRIAL) and row.map[split] > best - 8
     ]
-    base = replace(front.base, map=compared[0].map[split], split=split, latency_ratio=1.0)
+    base = replace(front.base, map=compared[0].map[split], split=split, role="", latency_ratio=1.0)
     front_png(file, rows, base, peers=peers, title=title, subtitle=subtitle)
 
 

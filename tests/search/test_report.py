@@ -9,8 +9,10 @@ from rich.console import Console
 
 from search.report import (
     FrontRow,
+    front_caption,
     front_cells,
     front_table,
+    on_split,
     rows_to_json,
     short_count,
     speed_interval,
@@ -52,6 +54,18 @@ def test_cells_by_hand() -> None:
         "interval": "1.90-2.11", "note": "bf16 stem",
     }  # fmt: skip
     assert (fast["trial"], fast["to base"], fast["speed-up"]) == ("7", "-10.0", "4.00x")
+
+
+def test_the_caption_says_what_map_was_measured_on() -> None:
+    assert on_split(BASE) == " on report.json"
+    assert on_split(replace(BASE, role="report")) == " on report.json"
+    assert on_split(replace(BASE, role="select", split="a/train.json")) == " on select (train.json)"
+    assert on_split(replace(BASE, split="")) == ""
+
+
+def test_ties_are_explained_where_there_are_any() -> None:
+    assert "share a letter" in front_caption(BASE, [row(1, 48.0, 0.52), row(2, 47.0, 0.50)])
+    assert "share a letter" not in front_caption(BASE, [row(1, 48.0, 0.5)])
 
 
 def test_ties_have_a_column_where_there_are_any() -> None:
