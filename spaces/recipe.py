@@ -15,6 +15,10 @@ from spaces.errors import InputError
 BITS = (2, 3, 4, 6, 8, 16, 32)
 
 
+Function = Literal["own", "polynomial", "hardswish", "relu"]
+"""What a stage computes: its own activation function, or another one."""
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,7 +61,7 @@ class Activate(_Frozen):
 
     kind: Literal["activate"] = "activate"
     site: str
-    function: Literal["own", "polynomial", "hardswish", "relu"]
+    function: Function
 
 
 class Drop(_Frozen):

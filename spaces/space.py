@@ -190,7 +190,6 @@ def build_space(
     methods: Sequence[str] = ("prune", "quantize"),
     granularity: Granularity = "layer",
     bit_widths: Sequence[int] = (),
-    functions: Sequence[str] = (),
 ) -> SearchSpace:
     """The space of the given methods; `block` and `stage` choose once for all sites of a block or stage.
 
@@ -201,7 +200,6 @@ def build_space(
         methods: kinds of choices.
         granularity: how many sites share a choice.
         bit_widths: on offer; the target's native ones where there are none.
-        functions: that may take the place of activation functions; all that are known where there are none.
 
     Raises:
         InputError: an unknown method, bit-widths that the target cannot serve, or methods that exclude each
@@ -215,20 +213,13 @@ def build_space(
     for kind in methods:
         if kind not in METHODS:
             raise InputError("space.methods", kind, f"choose from {', '.join(METHODS)}")
-        options = {
-            site: tuple(choice for choice in choices if _is_offered(choice, functions))
-            for site, choices in METHODS[kind].options(sites, capabilities).items()
-        }
+        options = METHODS[kind].options(sites, capabilities)
         fine = granularity if kind in JOINED else "layer"
         for name, members in _joined(detector, sites, options, fine).items():
             parameters.append(_parameter(name, kind, members, sites, capabilities))
     parameters = [p for p in parameters if len(p.values) > 1]
     offered = _within_limit(detector.name, sites, parameters)
     return SearchSpace(detector.name, sites, offered, len(parameters) - len(offered), capabilities)
-
-
-def _is_offered(choice: Choice, functions: Sequence[str]) -> bool:
-    return not functions or not isinstance(choice, Activate) or choice.function in ("own", *functions)
 
 
 def _asked(bit_widths: Sequence[int], capabilities: Capabilities) -> tuple[int, ...]:

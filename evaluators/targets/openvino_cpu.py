@@ -57,7 +57,7 @@ class OpenVino(OnnxTarget):
         able = engine().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         widths = {32: "FP32", 16: "BF16", 8: "INT8"}
         native = tuple(bits for bits, kind in widths.items() if kind in able)
-        return Capabilities(native, channel_granule=8, depthwise_by_channel=True)
+        return Capabilities(native, channel_granule=8, depthwise_by_channel=True, fuses_elementwise=True)
 
     def signature(self, threads: int) -> dict[str, Any]:
         """Machine, engine and version, threads; precision hints are each file's own."""

@@ -32,7 +32,7 @@ class Recorded(BaseModel):
 
     Attributes:
         detector, classes, size: for `make_detector`.
-        methods, granularity, bit_widths, channel_granule: for `build_space`.
+        methods, granularity, bit_widths, channel_granule, fuses_elementwise: for `build_space`.
         values: of each parameter, by name: a space that has others now cannot read these recipes.
         conditions: detector, data, target and budget that they were evaluated under.
         base_map: of the base on select, AP in 0..100.
@@ -63,6 +63,7 @@ class Recorded(BaseModel):
     damage: tuple[tuple[float | None, ...], ...]
     probes: tuple[str, ...]
     probe_ratio: tuple[float, ...]
+    fuses_elementwise: bool = False
 
     def write(self, file: Path) -> None:
         """As JSON, a list a line, so that versions can be compared."""
@@ -80,12 +81,9 @@ class Recorded(BaseModel):
         resized = partial(make_detector, self.detector, self.classes) if "resize" in self.methods else None
         topk = postprocess_of(detector).pre_nms_topk if "topk" in self.methods else None
         sites = find_sites(detector, detector.build(), MAX_PARAMETERS, resized, topk)
-        capabilities = Capabilities(self.bit_widths, self.channel_granule)
-        functions = {
-            v for name, values in self.values.items() if name.startswith("activation ") for v in values
-        }
-        wanted = (self.methods, self.granularity, (), sorted(map(str, functions)))
-        space = build_space(detector, sites, capabilities, *wanted)
+        fuses = self.fuses_elementwise
+        capabilities = Capabilities(self.bit_widths, self.channel_granule, fuses_elementwise=fuses)
+        space = build_space(detector, sites, capabilities, self.methods, self.granularity)
         if {name: p.values for name, p in space.parameters.items()} != self.values:
             raise InputError("recipes", self.detector, "were recorded in another space; record them anew")
         return SpaceTable(space)
@@ -155,6 +153,7 @@ def gathered(bench: Bench, studies: Sequence[SearchStudy], earlier: Recorded | N
         granularity=config.space.granularity,
         bit_widths=capabilities.bit_widths,
         channel_granule=capabilities.channel_granule,
+        fuses_elementwise=capabilities.fuses_elementwise,
         values={name: p.values for name, p in bench.space.parameters.items()},
         conditions=first.fingerprint,
         base_map=rows[base][1],

@@ -10,7 +10,7 @@ from spaces.activations import COSTLY, PolynomialSiLU
 from spaces.capabilities import Capabilities
 from spaces.errors import InputError
 from spaces.methods.base import Draft, Statistics
-from spaces.recipe import Activate, Choice
+from spaces.recipe import Activate, Choice, Function
 from spaces.sites import Sites
 
 CHEAPER: Mapping[str, type[nn.Module]] = {
@@ -27,14 +27,17 @@ class Activation:
     kind = "activate"
 
     def options(self, sites: Sites, capabilities: Capabilities) -> dict[str, tuple[Choice, ...]]:
-        """The stage's own function, a polynomial where that is SiLU, hard-swish where it is not, ReLU."""
-        return {
-            name: (
-                Activate(site=name, function="own"),
-                *([Activate(site=name, function="polynomial")] if site.function == "silu" else []),
-                *([] if site.function == "hardswish" else [Activate(site=name, function="hardswish")]),
-                Activate(site=name, function="relu"),
+        """The stage's own function; for SiLU a polynomial, where the target fuses it; hard-swish; ReLU."""
+
+        def offered(own: str) -> list[Function]:
+            smooth: list[Function] = (
+                ["polynomial"] if own == "silu" and capabilities.fuses_elementwise else []
             )
+            hard: list[Function] = [] if own == "hardswish" else ["hardswish"]
+            return ["own", *smooth, *hard, "relu"]
+
+        return {
+            name: tuple(Activate(site=name, function=function) for function in offered(site.function))
             for name, site in sites.activation.items()
         }
 

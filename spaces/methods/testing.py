@@ -16,7 +16,7 @@ from spaces.recipe import Choice, is_identity
 from spaces.sites import Sites, find_sites
 from spaces.testing import lively_network, noise, outputs_of
 
-EVERYTHING = Capabilities(bit_widths=(32, 16, 8), channel_granule=8)
+EVERYTHING = Capabilities(bit_widths=(32, 16, 8), channel_granule=8, fuses_elementwise=True)
 
 
 class MethodContract:

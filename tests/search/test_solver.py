@@ -152,7 +152,7 @@ def test_whole_widths_are_seeds_but_for_those_that_need_training() -> None:
 def test_polynomials_in_all_stages_are_a_seed_where_they_gain(polynomial: float, gains: bool) -> None:
     detector = YoloX("narrow", 3, (64, 64), depth=0.33, width=0.125)
     sites = find_sites(detector, detector.build())
-    capabilities = Capabilities(bit_widths=(32, 16, 8), channel_granule=8)
+    capabilities = Capabilities(bit_widths=(32, 16, 8), channel_granule=8, fuses_elementwise=True)
     table = SpaceTable(build_space(detector, sites, capabilities, ("quantize", "activate"), "stage"))
     smooth = smooth_starts(table)
     assert [narrowest(table, row) for row in smooth] == [32.0, 16.0, 8.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from spaces.table import SpaceTable
 from spaces.testing import lively_network, noise, outputs_of
 from tests.spaces.toy import ToyDetector
 
-CPU = Capabilities(bit_widths=(32, 16), channel_granule=8)
+CPU = Capabilities(bit_widths=(32, 16), channel_granule=8, fuses_elementwise=True)
 
 
 class SharedNetwork(nn.Module):
@@ -116,6 +117,15 @@ def test_the_polynomial_is_close_to_silu() -> None:
     assert torch.equal(PolynomialSiLU().train()(x), silu)
     hard = nn.functional.hardswish(x)
     assert float((((hard - silu) ** 2 * density).sum() / density.sum()).sqrt()) > 11 * error
+
+
+def test_a_polynomial_is_offered_where_the_target_fuses_it(yolox: YoloX, sites: Sites) -> None:
+    for capabilities, wanted in (
+        (CPU, ("silu", "polynomial", "hardswish", "relu")),
+        (replace(CPU, fuses_elementwise=False), ("silu", "hardswish", "relu")),
+    ):
+        space = build_space(yolox, sites, capabilities, ("activate",))
+        assert {parameter.values for parameter in space.parameters.values()} == {wanted}
 
 
 def test_a_polynomial_is_written_without_exponentials(yolox: YoloX, base: nn.Module, sites: Sites) -> None:
