@@ -23,9 +23,9 @@ def seed_recipes(
 
     All layers at one width is what other tools make of a network, and needs no training: a front should not
     lie behind it because the models of damage and latency were wrong about it. Likewise the fastest of them
-    with a polynomial in all stages, where that gains anything. Of the solutions, the mildest
-    is allowed what bfloat16 in all layers does, where the target has it: that is free in practice. The
-    strongest has an eighth of the largest damage, beyond which nothing is left.
+    with a polynomial in all stages, where that gains anything. Of the solutions, the mildest is allowed what
+    bfloat16 in all layers does, where the target has it: that is free in practice. The strongest has an
+    eighth of the largest damage, beyond which nothing is left.
 
     Args:
         table: of the space.

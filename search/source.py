@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ from search.storage import read_once
 from search.study import SearchStudy
 from search.trials import REASON, counts, is_candidate, is_stopped
 from search.workers import FINISHED, Finished
+from spaces.errors import own_place
 
 _IDLE_SECONDS = 1.0
 _RECOVER_SECONDS = 30.0
-_FRAME = re.compile(r'File "(.+)", line (\d+), in (.+)')
 
 
 class BaseFailedError(RuntimeError):
@@ -36,16 +35,9 @@ class BaseFailedError(RuntimeError):
 
     def __init__(self, stage: str, reason: str, traceback: str = "") -> None:
         self.stage, self.reason = stage, reason
-        super().__init__(f"the base model failed in stage {stage}: {reason}{_place(traceback)}")
-
-
-def _place(traceback: str) -> str:
-    """The last line of a traceback that is in no installed package: with a detector of one's own, in it."""
-    frames = [frame for frame in _FRAME.findall(traceback) if "site-packages" not in frame[0]]
-    if not frames:
-        return ""
-    file, line, function = frames[-1]
-    return f" ({file}, line {line}, in {function}; the whole traceback is with trial 0 in the dashboard)"
+        place = own_place(traceback)
+        shown = f" ({place}; the whole traceback is with its trial in the dashboard)" if place else ""
+        super().__init__(f"the base model failed in stage {stage}: {reason}{shown}")
 
 
 @dataclass

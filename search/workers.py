@@ -138,6 +138,7 @@ class StopRequest:
 
     def leave_after(self, seconds: float) -> None:
         """End this process then, unless `stay` is called before. The study is as after a kill."""
+        self.stay()  # a timer of an earlier signal would outlive the run
         self._leaving = threading.Timer(seconds, _leave)
         self._leaving.daemon = True
         self._leaving.start()

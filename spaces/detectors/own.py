@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from spaces.detectors.base import Detector
-from spaces.errors import InputError
+from spaces.errors import InputError, own_place
 
 MEMBERS = (*Detector.__annotations__, *(name for name in vars(Detector) if not name.startswith("_")))
 
@@ -64,9 +64,8 @@ def require_runs(name: str, detector: Detector, network: nn.Module) -> None:
         with torch.no_grad():
             outputs = network(torch.zeros(1, 3, height, width))
     except Exception as error:  # whatever the user's code raises
-        last = traceback.extract_tb(error.__traceback__)[-1]
         cause = str(error).splitlines()[0] if str(error) else ""
-        where = f"{last.filename}, line {last.lineno}"
+        where = own_place("".join(traceback.format_exception(error)))
         remedy = f"its network fails on an input of {at} ({type(error).__name__}: {cause}; {where})"
         raise InputError("model", name, remedy) from error
     if not isinstance(outputs, tuple) or not all(isinstance(one, torch.Tensor) for one in outputs):
