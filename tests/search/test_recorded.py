@@ -13,6 +13,7 @@ from search.benchmarks.recorded import Recorded, decoded, gathered
 from search.sensitivity import JOB, single_changes
 from search.study import FINGERPRINT, SearchStudy
 from search.trials import JOB_PREFIX
+from spaces.capabilities import Capabilities
 from spaces.errors import InputError
 from tests.search.test_expected_loss import Lucky, stored
 
@@ -28,7 +29,7 @@ def bench_of(lucky: Lucky) -> Any:
         config=config,
         categories=["a"],
         detector=SimpleNamespace(preprocess=SimpleNamespace(size=(16, 16))),
-        capabilities=SimpleNamespace(bit_widths=(32, 16, 8), channel_granule=8),
+        capabilities=Capabilities((32, 16, 8), channel_granule=8),
     )
 
 
