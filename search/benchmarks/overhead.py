@@ -13,11 +13,10 @@ import numpy as np
 from search.benchmarks.many_trials import ManyTrials
 from search.benchmarks.reports import table, write
 from search.benchmarks.simulation import Simulated
-from search.benchmarks.sleepers import EVALUATING, MEASURING, SUSPENDED, TRAINING, Work, WorkerTime, share_at
+from search.benchmarks.sleepers import Work, WorkerTime, share_at
 
 SHARE, SPEED_UP, FIRST_JOB_S = 0.95, 1.8, 20.0
 ASK_AND_TELL_S, FRONT_S, RESUME_S = 0.5, 5.0, 30.0
-USEFUL = (TRAINING, EVALUATING, MEASURING, SUSPENDED)
 
 
 @dataclass
@@ -109,8 +108,9 @@ def _worker_time(found: Overhead) -> list[str]:
         "",
         f"Real studies on local Ray, our sampler, {found.parameters} parameters, SQLite; workers that {does} "
         f"for {found.work.trial_s:g} s a trial in the stages of a real one, under a real quiet slot. Counted "
-        "from the end of the base. Useful is training, evaluating, measuring and suspended for a measurement "
-        "of somebody else; what a worker had no trial left for at the end is not counted.",
+        "from the end of the base. Useful is training, evaluating, measuring, preparing (evaluating single "
+        "choices, timing probes) and suspended for a measurement of somebody else; what a worker had no "
+        "trial left for at the end is not counted.",
         "",
         *table(
             ["share of worker time", *(f"{count} worker{'s' * (count > 1)}" for count, _ in columns)], body

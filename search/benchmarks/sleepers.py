@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial
@@ -24,7 +25,9 @@ from search.trials import is_candidate
 from search.workers import Pool
 
 TRAINING, EVALUATING, MEASURING = "training", "evaluating", "measuring"
-SUSPENDED = "suspended"
+PREPARING, SUSPENDED = "preparing", "suspended"
+USEFUL = (TRAINING, EVALUATING, MEASURING, PREPARING, SUSPENDED)
+"""Kinds of time that a study is made of; preparing is evaluating single choices and timing probes."""
 STAGES = (
     (TRAINING, 8, 0.91),
     (EVALUATING, 2, 0.06),
@@ -89,7 +92,8 @@ class SleepingWorker:
         began, clock = time.monotonic(), StageClock(self._slot)
         if job.recipe is None:
             self._compute(self._work.trial_s / 30)
-            yield StageReport(stage="prepare", result={})
+            clock.ended(PREPARING, "")
+            yield StageReport(stage="done", result={"seconds": clock.seconds, "span": _span(began)})
             return
         kinds = [(kind, share / count) for kind, count, share in STAGES for _ in range(count)]
         for k, (kind, share) in enumerate(kinds):
@@ -101,8 +105,7 @@ class SleepingWorker:
                 self._compute(seconds)
             coming = kinds[k + 1][0] if k + 1 < len(kinds) else ""
             yield clock.ended(f"{kind} {k + 1}", coming)
-        span = {"pid": os.getpid(), "began": began, "ended": time.monotonic()}
-        result = evaluation_of(job.recipe, clock.seconds, span=span).model_dump()
+        result = evaluation_of(job.recipe, clock.seconds, span=_span(began)).model_dump()
         yield StageReport(stage="done", result=result)
 
     def _compute(self, seconds: float) -> None:
@@ -113,6 +116,10 @@ class SleepingWorker:
             seconds -= step
 
 
+def _span(began: float) -> dict[str, float]:
+    return {"pid": os.getpid(), "began": began, "ended": time.monotonic()}
+
+
 @dataclass(frozen=True)
 class WorkerTime:
     """Where the time of the workers went, from the end of the base to the end of the last trial.
@@ -121,8 +128,8 @@ class WorkerTime:
         workers: their number.
         trials: that ended in this time.
         span_s: its length.
-        seconds: of all workers together, by kind: TRAINING, EVALUATING, MEASURING, SUSPENDED, "inside a job"
-            (what no stage accounts for), "between jobs", and "at the end" (no trial was left).
+        seconds: of all workers together, by kind: those of `USEFUL`, "inside a job" (what no stage accounts
+            for), "between jobs", and "at the end" (no trial was left).
         driver_cpu_s: processor time of the driver for one trial, Ray's part in its process included.
     """
 
@@ -139,8 +146,8 @@ class WorkerTime:
 
     @property
     def useful(self) -> float:
-        """Share of training, evaluating, measuring and suspended; what had no trial left does not count."""
-        known = sum(self.seconds[kind] for kind in (TRAINING, EVALUATING, MEASURING, SUSPENDED))
+        """Share of `USEFUL`; what had no trial left does not count."""
+        known = sum(self.seconds[kind] for kind in USEFUL)
         return known / (sum(self.seconds.values()) - self.seconds["at the end"])
 
     @property
@@ -156,37 +163,41 @@ def share_at(found: WorkerTime, work: Work, trial_s: float = 60.0) -> float:
     return known / (known + found.overhead_s)
 
 
-def account(trials: Sequence[FrozenTrial], workers: int, driver_cpu_s: float) -> WorkerTime:
+def account(
+    trials: Sequence[FrozenTrial],
+    preparations: Iterable[Mapping[str, Any]],
+    workers: int,
+    driver_cpu_s: float,
+) -> WorkerTime:
     """Add up what the workers wrote down.
 
     Args:
         trials: of a study of `SleepingWorker`s, the base among them.
+        preparations: results of its preparatory jobs. What was done of them beside the base does not count.
         workers: that ran at a time.
         driver_cpu_s: of the whole run.
     """
-    jobs = []
-    for trial in trials:
-        evaluation = stored_evaluation(trial) if is_candidate(trial) else None
-        if evaluation is not None and "span" in evaluation.details:
-            jobs.append((evaluation.details["span"], evaluation.seconds))
-    jobs.sort(key=lambda job: job[0]["began"])
-    base_end = jobs[0][0]["ended"]
-    jobs = jobs[1:]
-    end = max(span["ended"] for span, _ in jobs)
-    seconds = dict.fromkeys(
-        (TRAINING, EVALUATING, MEASURING, SUSPENDED, "inside a job", "between jobs", "at the end"), 0.0
-    )
-    last: dict[int, float] = defaultdict(lambda: base_end)
+    evaluations = [stored_evaluation(trial) for trial in trials if is_candidate(trial)]
+    done = [(e.details["span"], e.seconds) for e in evaluations if e is not None and "span" in e.details]
+    base, *candidates = sorted(done, key=lambda job: job[0]["began"])
+    base_end = base[0]["ended"]
+    jobs = candidates + [(one["span"], one["seconds"]) for one in preparations]
+    jobs = sorted((job for job in jobs if job[0]["ended"] > base_end), key=lambda job: job[0]["began"])
+    end = max(span["ended"] for span, _ in candidates)
+    seconds = dict.fromkeys((*USEFUL, "inside a job", "between jobs", "at the end"), 0.0)
+    last: dict[float, float] = defaultdict(lambda: base_end)
     for span, stages in jobs:
-        seconds["between jobs"] += span["began"] - last[span["pid"]]
+        began = max(span["began"], base_end)
+        counted = (span["ended"] - began) / (span["ended"] - span["began"])
+        seconds["between jobs"] += began - last[span["pid"]]
         last[span["pid"]] = span["ended"]
         for stage, took in stages.items():
-            seconds[stage.split()[0]] += took
-        seconds["inside a job"] += span["ended"] - span["began"] - sum(stages.values())
+            seconds[stage.split()[0]] += took * counted
+        seconds["inside a job"] += span["ended"] - began - sum(stages.values()) * counted
     seconds["at the end"] = sum(end - ended for ended in last.values()) + (workers - len(last)) * (
         end - base_end
     )
-    return WorkerTime(workers, len(jobs), end - base_end, seconds, driver_cpu_s / (len(jobs) + 1))
+    return WorkerTime(workers, len(candidates), end - base_end, seconds, driver_cpu_s / (len(candidates) + 1))
 
 
 def run_sleepers(
@@ -207,4 +218,5 @@ def run_sleepers(
             pool=Pool(workers=workers, threads=1),
         )
         cpu = time.process_time() - before
-        return account(study.optuna.get_trials(deepcopy=False), workers, cpu)
+        trials_of = study.optuna.get_trials(deepcopy=False)
+        return account(trials_of, study.job_results().values(), workers, cpu)

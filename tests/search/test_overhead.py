@@ -45,13 +45,14 @@ def test_the_time_of_workers_is_accounted_for_by_hand() -> None:
         trial(2, 11.0, 21.0, stages),
         trial(1, 21.0, 31.0, stages),
     ]
-    found = account(trials, workers=2, driver_cpu_s=2.0)
+    found = account(trials, [], workers=2, driver_cpu_s=2.0)
     assert (found.trials, found.span_s, found.driver_cpu_s) == (3, 21.0, 0.5)
     assert found.seconds == pytest.approx(
         {
             "training": 24.0,
             "evaluating": 3.0,
             "measuring": 1.5,
+            "preparing": 0.0,
             "suspended": 0.9,
             "inside a job": 0.6,
             "between jobs": 0.5 + 1.0 + 0.5,
@@ -65,9 +66,33 @@ def test_the_time_of_workers_is_accounted_for_by_hand() -> None:
     assert share_at(found, Work(9.8), 98.0) == pytest.approx(98.0 / (98.0 + 2.6 / 3))
 
 
+def test_preparatory_jobs_are_useful_as_far_as_they_ran_after_the_base() -> None:
+    trials = [trial(1, 0.0, 10.0, {"training 1": 10.0}), trial(1, 14.0, 20.0, {"training 1": 6.0})]
+    prepared = [
+        {"span": {"pid": 2, "began": 6.0, "ended": 8.0}, "seconds": {"preparing": 2.0}},  # beside the base
+        {"span": {"pid": 2, "began": 8.0, "ended": 12.0}, "seconds": {"preparing": 3.0, "suspended": 1.0}},
+        {"span": {"pid": 1, "began": 10.5, "ended": 13.5}, "seconds": {"preparing": 2.9, "suspended": 0.0}},
+    ]
+    found = account(trials, prepared, workers=2, driver_cpu_s=1.0)
+    assert found.trials == 1
+    assert found.seconds == pytest.approx(
+        {
+            "training": 6.0,
+            "evaluating": 0.0,
+            "measuring": 0.0,
+            "preparing": 1.5 + 2.9,
+            "suspended": 0.5,
+            "inside a job": 0.1,
+            "between jobs": 0.5 + 0.5,
+            "at the end": 8.0,  # of worker 2
+        }
+    )
+    assert found.useful == pytest.approx(10.9 / 12.0)
+
+
 def test_a_worker_that_never_got_a_trial_is_idle_at_the_end() -> None:
     trials = [trial(1, 0.0, 1.0, {"suspended": 0.0}), trial(1, 1.0, 3.0, {"training 1": 2.0})]
-    found = account(trials, workers=2, driver_cpu_s=1.0)
+    found = account(trials, [], workers=2, driver_cpu_s=1.0)
     assert found.seconds["at the end"] == 2.0
     assert found.useful == 1.0
 
@@ -85,7 +110,9 @@ def test_a_sleeping_worker_takes_its_time_and_heeds_the_slot(tmp_path: Path) -> 
     assert [r.next_stage for r in reports[:-2]][-1] == "measuring"
     with QuietSlot(tmp_path).computing():
         waiting = worker.run(Job(kind="damage", name="preparation"))  # shares the slot with a step
-        assert [r.stage for r in waiting] == ["prepare"]
+        prepared = next(iter(waiting)).result
+        assert prepared is not None
+        assert 0 < prepared["seconds"]["preparing"] < 0.3
 
 
 def test_made_up_candidates_trade_accuracy_for_speed(search: MadeUpSearch) -> None:
@@ -179,7 +206,7 @@ def test_the_report_says_what_is_not_kept(tmp_path: Path) -> None:
     )
     one = Simulated(64, 2, 120.0, 0.9, 0.2, [3, 5], {ASK: Cost(2, 3.0, 1.0, 10), TELL: Cost(2, 9.0, 2.0, 6)})
     spans = [trial(1, 0.0, 1.0, {}), trial(1, 1.0, 2.0, {"training 1": 0.9, "evaluating 2": 0.09})]
-    sleepers = account(spans, 1, 0.0)
+    sleepers = account(spans, [], 1, 0.0)
     found = overhead.Overhead(
         Work(60.0), 120, {1: sleepers}, [[("worker 1: trial 0 (base)", 21.0)]], [many], {SQLITE: [one]}, 0.01
     )
