@@ -21,8 +21,8 @@ from search.report import Peer
 
 ROUNDS = LatencyConfig(min_rounds=60, max_rounds=240, target_spread=0.01)
 SECONDS_A_MODEL = 6.0
-PEER_LOSS = 1.0
-"""AP that the peer may lose that others are compared with."""
+MAY_LOSE = 1.0
+"""AP that the fastest peer may lose, and the fastest of what the search found beside it."""
 TRIAL = "trial "
 """Begins the names of what the search found; all others are peers."""
 
@@ -104,35 +104,61 @@ def _megabytes(file: Path) -> float:
     return (file.stat().st_size + (weights.stat().st_size if weights.exists() else 0)) / 1e6
 
 
-def fastest_peer(rows: Sequence[Compared], split: str) -> str:
-    """The name of the fastest peer that loses no more than `PEER_LOSS` AP on a split; the base is one."""
-    peers = [row for row in rows if not row.name.startswith(TRIAL)]
-    good = [row for row in peers if row.difference[split][0] >= -PEER_LOSS]
-    return min(good, key=lambda row: row.ratio[0]).name
+def fastest(rows: Sequence[Compared], split: str, *, peer: bool) -> Compared | None:
+    """The fastest peer, or trial, that loses no more than `MAY_LOSE` AP on a split; None where there is none.
+
+    The base, which is one of the peers, always keeps that.
+    """
+    kind = [row for row in rows if row.name.startswith(TRIAL) != peer]
+    good = [row for row in kind if row.difference[split][0] >= -MAY_LOSE]
+    return min(good, key=lambda row: row.ratio[0], default=None)
 
 
 def write_report(
-    file: Path, title: str, rows: Sequence[Compared], reference: str, facts: Mapping[str, Any]
+    file: Path, title: str, rows: Sequence[Compared], taken: int | None, facts: Mapping[str, Any]
 ) -> None:
     """Write a comparison as Markdown, and as JSON beside it.
 
     Args:
         file: `.md`.
-        reference: the row that the last column's speed refers to, such as the fastest peer.
+        taken: the trial that `finish` takes by itself; None where none is good enough.
         facts: hardware, versions, command, date.
     """
     splits = list(rows[0].map)
-    against = next(row for row in rows if row.name == reference)
+    against = fastest(rows, splits[-1], peer=True)
+    assert against is not None, "the base loses nothing"
     head = ["model", *[f"AP {s}" for s in splits], *[f"difference {s}" for s in splits]]
-    head += ["latency / base", f"speed-up over {reference}", "MB"]
+    head += ["latency / base", f"speed-up over {against.name}", "MB"]
     body = []
     for row in rows:
-        cells = [row.name, *[f"{row.map[s]:.2f}" for s in splits]]
-        cells += ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference[s]) for s in splits]
-        cells += ["{:.3f} [{:.3f}, {:.3f}]".format(*row.ratio)]
-        cells += [f"{against.ratio[0] / row.ratio[0]:.2f}x", f"{row.size_mb:.2f}"]
-        body.append(cells)
-    write(file, title, table(head, body), {"models": [asdict(row) for row in rows]}, facts)
+        cells = [row.name, *[f"{row.map[s]:.2f}" for s in splits], *_figures(row, splits, against)]
+        body.append([*cells, f"{row.size_mb:.2f}"])
+    lines = [*_verdict(rows, splits[-1], against, taken), "", *table(head, body)]
+    write(file, title, lines, {"models": [asdict(row) for row in rows], "taken": taken}, facts)
+
+
+def _verdict(rows: Sequence[Compared], split: str, against: Compared, taken: int | None) -> list[str]:
+    """The fastest of either kind, chosen by the same rule, and what a user is given who sees select alone."""
+    chosen = {"fastest peer": against, "fastest of the front": fastest(rows, split, peer=False)}
+    named = next((row for row in rows if row.name == f"{TRIAL}{taken}"), None)
+    chosen[f"what `finish --max-map-drop {MAY_LOSE}` takes"] = named
+    body = [
+        [what, "none", "", "", ""] if row is None else [what, row.name, *_figures(row, [split], against)]
+        for what, row in chosen.items()
+    ]
+    return [
+        f"The first two lose no more than {MAY_LOSE} AP on {split}; the third was chosen without it.",
+        "",
+        *table(["which", "model", f"difference {split}", "latency / base", "speed-up over the peer"], body),
+    ]
+
+
+def _figures(row: Compared, splits: Sequence[str], against: Compared) -> list[str]:
+    return [
+        *["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference[s]) for s in splits],
+        "{:.3f} [{:.3f}, {:.3f}]".format(*row.ratio),
+        f"{against.ratio[0] / row.ratio[0]:.2f}x",
+    ]
 
 
 def write_picture(

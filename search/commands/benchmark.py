@@ -69,8 +69,8 @@ def peers(
     """The front of a study beside what others make of the same base, timed in one run."""
     from evaluators.bench import Bench
     from evaluators.exported import ModelCard, model_in
-    from search.comparison import TRIAL, compare, facts_of, fastest_peer, write_picture, write_report
-    from search.front import front_of, subtitle_of
+    from search.comparison import MAY_LOSE, TRIAL, compare, facts_of, write_picture, write_report
+    from search.front import best_within, front_of, subtitle_of
     from search.peers.all_peers import peers_of
     from search.retention import base_number, front_numbers
     from search.study import load_study
@@ -97,8 +97,12 @@ def peers(
     if peers.left_out:
         facts["left out"] = "; ".join(f"{name} ({reason})" for name, reason in peers.left_out.items())
     title = f"Front of {study} and its peers"
-    write_report(report, title, rows, fastest_peer(rows, splits[-1]), facts)
     front = front_of(opened)
+    try:
+        taken = best_within(front, MAY_LOSE).number
+    except InputError:
+        taken = None
+    write_report(report, title, rows, taken, facts)
     write_picture(report.with_suffix(".png"), front, rows, splits[-1], title, subtitle_of(opened))
     say(report.read_text())
     return 0

@@ -16,7 +16,7 @@ from evaluators.exported import ModelCard
 from evaluators.finetune import FineTunePlan
 from evaluators.quiet import QuietSlot
 from evaluators.targets.openvino_cpu import engine
-from search.comparison import Compared, compare, fastest_peer
+from search.comparison import Compared, compare, fastest, write_report
 from search.peers import all_peers, nncf_peers, onnxruntime_peers, openvino_peers, pruning_peers, reduced
 from search.peers.all_peers import peers_of
 from search.peers.models import PeerModel
@@ -168,10 +168,28 @@ def test_peers_of_onnx_runtime_are_its_own(
         peers_of(torch_bench, tmp_path / "model.pt2", tmp_path)
 
 
-def test_the_fastest_peer_is_one_that_keeps_its_accuracy() -> None:
-    def row(name: str, lost: float, ratio: float) -> Compared:
-        return Compared(name, 1.0, {}, {}, {"report": (-lost, 0.0, 0.0)}, (ratio, ratio, ratio))
+def test_front_and_peers_are_judged_by_the_same_rule(tmp_path: Path) -> None:
+    """What was chosen without looking at report is shown beside, with what it really loses there."""
 
-    rows = [row("base", 0.0, 1.0), row("a", 0.9, 0.8), row("b", 1.1, 0.5), row("trial 3", 0.0, 0.4)]
-    assert fastest_peer(rows, "report") == "a"
-    assert fastest_peer([rows[0], rows[2]], "report") == "base"
+    def row(name: str, lost: float, ratio: float) -> Compared:
+        return Compared(name, 1.0, {"report": 60.0 - lost}, {}, {"report": (-lost, -9.0, 9.0)}, (ratio,) * 3)
+
+    rows = [row("base", 0.0, 1.0), row("a", 0.9, 0.8), row("b", 1.1, 0.5)]
+    rows += [row("trial 3", 0.0, 0.6), row("trial 4", 1.0, 0.4), row("trial 5", 2.0, 0.3)]
+    for peer, name in ((True, "a"), (False, "trial 4")):
+        found = fastest(rows, "report", peer=peer)
+        assert found is not None
+        assert found.name == name
+    base = fastest([rows[0], rows[2]], "report", peer=True)
+    assert base is rows[0]
+    assert fastest([*rows[:3], rows[5]], "report", peer=False) is None
+    write_report(tmp_path / "peers.md", "Peers", rows, 5, {"date": "today"})
+    text = (tmp_path / "peers.md").read_text()
+    assert "| fastest peer | a | -0.90 [-9.00, +9.00] | 0.800 [0.800, 0.800] | 1.00x |" in text
+    assert "| fastest of the front | trial 4 | -1.00 [-9.00, +9.00] | 0.400 [0.400, 0.400] | 2.00x |" in text
+    assert "takes | trial 5 | -2.00 [-9.00, +9.00] | 0.300 [0.300, 0.300] | 2.67x |" in text
+    assert "| b | 58.90 | -1.10 [-9.00, +9.00] | 0.500 [0.500, 0.500] | 1.60x | 1.00 |" in text
+    write_report(tmp_path / "none.md", "Peers", [*rows[:3], rows[5]], None, {})
+    text = (tmp_path / "none.md").read_text()
+    assert "| fastest of the front | none |" in text
+    assert "takes | none |" in text
