@@ -33,6 +33,9 @@ ATTEMPTS = 40
 """At a proposal that differs from all there are; a small space may have none left."""
 LARGEST_LOSS = 6.0
 """AP points that are worth looking at where no limit says less."""
+UNTOLD = 0.25
+"""AP points that images by the hundred do not tell from none. Where nothing is as good as the base to the
+last digit, proposals would crowd between it and what is nearly as good."""
 
 
 class FrontSampler(BaseSampler):
@@ -118,7 +121,7 @@ class FrontSampler(BaseSampler):
         area = dict(zip(there, areas, strict=True))
         parents = [k for k in parents if k in area] or parents
         shares = np.array([area.get(k, 1.0) for k in parents])
-        reached = Reached(together[:, 0], together[:, 1], self._largest_loss)
+        reached = Reached(together[:, 0], together[:, 1], self._largest_loss, UNTOLD)
         return _View(measured, finished.options, believed, model, reached, parents, shares / shares.sum())
 
     def _drawn(self, view: _View) -> LossModel:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 
 from evaluators.bench import Bench
@@ -19,6 +20,7 @@ from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, store_s
 from search.study import SearchStudy
 from search.warm_start import warm_seeds
 from spaces.errors import InputError
+from spaces.methods.topk import PreNmsTopK
 from spaces.recipe import Recipe
 from spaces.table import SpaceTable
 
@@ -113,7 +115,7 @@ class Preparations:
 
 def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
     """Recipes for the latency model: every bit-width used everywhere, also with polynomials for activation
-    functions where there are such, then random mixtures.
+    functions where there are such, the base with the fewest boxes in suppression, then random mixtures.
 
     Half of the random ones keep to one bit-width, the others mix two: the widths are drawn per parameter
     with a share of its own, and so is how far every other kind of choice goes.
@@ -124,6 +126,7 @@ def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
     others = list(dict.fromkeys(kind for kind in every if kind != "quantize"))
     kinds = np.array([others.index(kind) if kind in others else 0 for kind in every], np.int64)
     rows = [*uniform_starts(table)[1:], *smooth_starts(table)]
+    rows += [_alone(table, p) for p, kind in enumerate(every) if kind == PreNmsTopK.kind]
     while len(rows) < count:
         strength = np.array([random.random() for _ in range(int(kinds.max(initial=0)) + 1)])[kinds]
         pruned = random.binomial(np.maximum(table.sizes - 1, 0), strength)
@@ -133,6 +136,13 @@ def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
         chosen = np.where(random.random(len(bits)) < share, first, second)
         rows.append(np.where(bits, np.minimum(chosen, table.sizes - 1), pruned))
     return [table.space.recipe(table.params(row)) for row in rows[:count]]
+
+
+def _alone(table: SpaceTable, parameter: int) -> NDArray[np.int64]:
+    """The base with the last option of one parameter."""
+    row = np.zeros(len(table.names), np.int64)
+    row[parameter] = table.sizes[parameter] - 1
+    return row
 
 
 def sampler_named(name: str) -> Callable[[int], BaseSampler]:

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from evaluators.latency_model import LatencyModel, Reach, features, fit_latency
+from evaluators.latency_model import BOXES, LatencyModel, Reach, features, fit_latency
 from spaces.capabilities import Capabilities
 from spaces.detectors.yolox import YoloX
 from spaces.sites import find_sites
@@ -99,6 +99,23 @@ def test_its_error_is_that_of_recipes_left_out(yolox: SpaceTable) -> None:
         without = fit_latency(yolox, options[others], ratios[others])
         errors.append(abs(without.predict(options[[k]])[0] / ratios[k] - 1))
     assert fit_latency(yolox, options, ratios).error == pytest.approx(float(np.median(errors)), abs=1e-9)
+
+
+def test_what_suppression_takes_is_told_by_recipes_that_differ_in_it_alone() -> None:
+    """3 % of the base's time drown in the model's errors of everything else, unless one looks at pairs."""
+    detector = YoloX("narrow", 3, (64, 64), depth=0.33, width=0.25, depthwise=True)
+    sites = find_sites(detector, detector.build(), topk=1000)
+    table = SpaceTable(build_space(detector, sites, CPU, ("prune", "quantize", "topk")))
+    at = next(p for p, name in enumerate(table.names) if name.startswith("top-k"))
+    options = drawn(table, 17, 3)
+    options[:2] = 0
+    options[0, at] = table.sizes[at] - 1
+    share = table.shapes(options).boxes.sum(axis=1)
+    assert share[:2] == pytest.approx([50 / 84, 1.0])  # of 64 + 16 + 4 boxes
+    network = roofline(table, options)
+    ratios = 0.97 * network / network[1] + 0.03 * share
+    assert fit_latency(table, options, ratios).weights[BOXES] == pytest.approx(0.03, rel=0.1)
+    assert fit_latency(table, options[1:], ratios[1:]).weights[BOXES] != pytest.approx(0.03, rel=0.5)
 
 
 def test_it_says_when_it_extrapolates(yolox: SpaceTable) -> None:

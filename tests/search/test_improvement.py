@@ -26,6 +26,13 @@ def test_areas_by_hand() -> None:
     assert reached.added(losses, ratios) == pytest.approx(expected)
 
 
+def test_the_first_points_of_a_loss_are_free() -> None:
+    """Between the base and what loses 0.2 AP at half of its time there is nothing to find."""
+    reached = Reached(np.array([0.0, 0.2, 2.5]), np.array([1.0, 0.5, 0.25]), 6.0, free=0.5)
+    losses, ratios = np.array([0.0, 0.1, 0.5, 1.5]), np.array([0.6, 0.4, 0.4, 0.4])
+    assert reached.added(losses, ratios) == pytest.approx([0.0, 2 * 0.1, 2 * 0.1, 1 * 0.1])
+
+
 def test_nothing_reached() -> None:
     nothing = Reached(np.zeros(0), np.zeros(0), 6.0)
     assert nothing.added(np.array([0.0, 3.0]), np.array([0.5, 1.2])) == pytest.approx([3.0, 0.0])

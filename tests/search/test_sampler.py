@@ -19,10 +19,13 @@ from search.seeds import uniform_starts
 from search.strategy import probe_recipes, sampler_named
 from search.trials import TrialWriter
 from spaces.errors import InputError
-from spaces.recipe import Recipe
+from spaces.recipe import Recipe, TopK
+from spaces.sites import find_sites
+from spaces.space import CPU, build_space
 from spaces.table import SpaceTable
 from tests.search.test_solver import random_damage, toy_model
 from tests.search.toy_space import toy_table
+from tests.spaces.toy import ToyDetector
 
 
 class MadeUp:
@@ -113,6 +116,14 @@ def test_probes_are_deterministic_recipes_of_the_space() -> None:
     assert recipes == probe_recipes(table, 12, seed=4)
     assert all(table.space.contains(recipe) for recipe in recipes)
     assert len({recipe.key for recipe in recipes}) > 8
+
+
+def test_one_probe_is_the_base_with_the_fewest_boxes_in_suppression() -> None:
+    detector = ToyDetector()
+    sites = find_sites(detector, detector.build(), topk=400)
+    table = SpaceTable(build_space(detector, sites, CPU, ("quantize", "topk")))
+    choices = [recipe.choices for recipe in probe_recipes(table, 8, seed=0)]
+    assert (TopK(count=50),) in choices
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "nsga3", "gp", "random", "optuna.samplers:QMCSampler"])
