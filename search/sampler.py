@@ -34,8 +34,8 @@ ATTEMPTS = 40
 LARGEST_LOSS = 6.0
 """AP points that are worth looking at where no limit says less."""
 UNTOLD = 0.25
-"""AP points that images by the hundred do not tell from none. Where nothing is as good as the base to the
-last digit, proposals would crowd between it and what is nearly as good."""
+"""AP points that count as no loss: a hundred images cannot show so little. Else, where nothing is quite as
+good as the base, proposals crowd between it and what is nearly as good."""
 
 
 class FrontSampler(BaseSampler):
