@@ -31,6 +31,8 @@ from spaces.methods.base import Draft
 from spaces.recipe import Recipe
 
 BASE_FOLDER = "base"
+FURTHER_FOLDER = "trained-further"
+"""In it: the base trained by a candidate's budget."""
 REFERENCE_FILE = "reference.json"
 
 Metrics = dict[str, Measurement]

@@ -17,7 +17,7 @@ from evaluators.damage import Damage
 from evaluators.evaluation import Measurement
 from evaluators.finetune import fine_tune
 from evaluators.jobs import HANDED_ON, Job, StageReport, trial_folder
-from evaluators.measuring import BASE_FOLDER, Measuring
+from evaluators.measuring import BASE_FOLDER, FURTHER_FOLDER, Measuring
 from evaluators.norms import recalibrate_norms
 from evaluators.qat import as_plain, fake_quantized, rounds_in_training
 from evaluators.rungs import TrialRungs, forget_rungs
@@ -181,7 +181,7 @@ class CandidateWorker:
         step_ms: list[float] = []
         yield from self._fine_tune(further.network, seed, clock, step_ms, named="train the base further")
         metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")
-        folder = self.artifacts / BASE_FOLDER / "trained-further"
+        folder = self.artifacts / BASE_FOLDER / FURTHER_FOLDER
         _, session = self._measuring.exported(further, bench.identity, folder)
         gained, _ = bench.scored(session)
         metrics["map_trained_further"] = Measurement(value=gained["map"], unit="AP, 0..100")

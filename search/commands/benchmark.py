@@ -10,7 +10,7 @@ import typer
 from search.commands.families import built, finetune, methods
 from search.commands.fronts import fronts
 from search.commands.live import live
-from search.commands.measure import evaluate_profile, importance, latency, predict, quantize, roofline
+from search.commands.measure import evaluate_profile, importance, latency, predict, quantize, rates, roofline
 from search.commands.options import (
     DEFAULT_STORAGE,
     RESULTS,
@@ -42,6 +42,7 @@ benchmark.command("quantize")(quantize)
 benchmark.command("roofline")(roofline)
 benchmark.command("methods")(methods)
 benchmark.command("importance")(importance)
+benchmark.command("rates")(rates)
 benchmark.command("built")(built)
 benchmark.command("finetune")(finetune)
 benchmark.command("gather")(gather)
@@ -69,8 +70,10 @@ def peers(
     """The front of a study beside what others make of the same base, timed in one run."""
     from evaluators.bench import Bench
     from evaluators.exported import ModelCard, model_in
+    from evaluators.measuring import BASE_FOLDER, FURTHER_FOLDER
     from search.comparison import MAY_LOSE, TRIAL, compare, facts_of, write_picture, write_report
     from search.front import best_within, front_of, subtitle_of
+    from search.judge import base_evaluation, gain_of_training_further
     from search.peers.all_peers import peers_of
     from search.retention import base_number, front_numbers
     from search.study import load_study
@@ -78,13 +81,18 @@ def peers(
 
     opened = load_study(study, url=storage)
     bench = Bench(config_of(opened, overrides(data, checkpoint)).bench)
-    base = base_number(opened)
-    if base is None:
+    base, evaluation = base_number(opened), base_evaluation(opened)
+    if base is None or evaluation is None:
         raise InputError("study", study, "has no base yet; let the search run until its first trial")
     threads = bench.config.threads
     folder = opened.artifacts / "peers"
     peers = peers_of(bench, model_in(opened.trial_folder(base)), folder, slow, say)
     models, reference = peers.models, next(iter(peers.models))
+    further = opened.artifacts / BASE_FOLDER / FURTHER_FOLDER
+    if gain_of_training_further(evaluation) and model_in(further).is_file():
+        file = model_in(further)
+        session = bench.target.prepare(file, threads, ModelCard.beside(file).runtime.hint)
+        models["base trained further"] = (session, file)
     for number in sorted(front_numbers(opened) - {base}):
         file = model_in(opened.trial_folder(number))
         if file.is_file():

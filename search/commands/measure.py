@@ -1,4 +1,4 @@
-"""`paredown benchmark latency | predict | evaluate | quantize | importance | roofline`, on one detector."""
+"""`paredown benchmark latency | predict | evaluate | quantize | importance | rates | roofline`."""
 
 from __future__ import annotations
 
@@ -154,6 +154,32 @@ def importance(
         base, rows = compare_criteria(at.bench, SPARSITIES, at.folder, say)
         title = f"Criteria of importance on {at.settings.name}"
         write_criteria(at.report, title, base, at.settings.finetune.epochs, rows, at.facts)
+    return 0
+
+
+def rates(
+    config: ConfigFile,
+    data: Data = None,
+    checkpoint: Checkpoint = None,
+    target: Target = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    rate: Annotated[
+        list[float] | None,
+        typer.Option("--rate", min=1e-6, help="May be repeated. Default: 0.001 to 0.016, doubled."),
+    ] = None,
+    output: Output = RESULTS,
+) -> int:
+    """Fine-tuning at several learning rates: what each brings back of pruned channels."""
+    from search.benchmarks.rates import RATES, compare_rates, write_rates
+    from spaces.errors import InputError
+
+    with _benchmark("rates", config, overrides(data, checkpoint, target, threads, seed), output) as at:
+        epochs = at.settings.finetune.epochs
+        if epochs < 1:
+            raise InputError("finetune.epochs", epochs, "nothing is trained; name at least one")
+        base, rows = compare_rates(at.bench, rate or RATES, at.folder, say)
+        write_rates(at.report, f"Learning rates on {at.settings.name}", base, epochs, rows, at.facts)
     return 0
 
 

@@ -15,6 +15,7 @@ from search.benchmarks.criteria import CRITERIA, compare_criteria, write_criteri
 from search.benchmarks.method_recipes import MEANING, MODERATE, recipe_of
 from search.benchmarks.method_table import measure_methods, read_sections
 from search.benchmarks.methods import InEngine, MethodBench, Row, Section
+from search.benchmarks.rates import compare_rates, write_rates
 from search.cli import main
 from spaces.apply import apply
 from spaces.errors import InputError
@@ -177,6 +178,18 @@ def test_criteria_of_importance_side_by_side(config: BenchConfig, tmp_path: Path
         assert row.difference[0] == pytest.approx(row.trained - base)
     write_criteria(tmp_path / "report.md", "Criteria", base, 1, rows, {"command": "here"})
     assert "| 25.0% | batchnorm |" in (tmp_path / "report.md").read_text()
+
+
+def test_learning_rates_side_by_side(config: BenchConfig, tmp_path: Path) -> None:
+    base, rows = compare_rates(Bench(config), (1e-4, 1e-2), tmp_path / "files", lambda line: None)
+    trained = {(row.sparsity, row.rate): row.map for row in rows}
+    assert list(trained) == [(sparsity, rate) for rate in (1e-4, 1e-2) for sparsity in (0.0, 0.125, 0.25)]
+    assert abs(trained[0.0, 1e-4] - base) < abs(trained[0.0, 1e-2] - base), "small steps stay near the base"
+    for row in rows:
+        assert row.difference[0] == pytest.approx(row.map - base)
+    write_rates(tmp_path / "report.md", "Rates", base, 1, rows, {"command": "here"})
+    text = (tmp_path / "report.md").read_text()
+    assert text.index("| nothing | 0.01 |") < text.index("| 12.5% | 0.0001 |")
 
 
 def test_a_built_model_is_timed_with_random_weights(config: BenchConfig, tmp_path: Path) -> None:
