@@ -108,7 +108,7 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
     gain = gain_of_training_further(base_evaluation) if role == "select" else 0.0
     if gain:  # the table's own differences are to the base as it is
         goal = rows[number].map + gain
-        listed = [replace(r, note=f"{r.map - goal:+.1f} to the base trained further") for r in listed]
+        listed = [replace(r, note=f"{r.map - goal:+.1f} to trained base") for r in listed]
     points = [
         TrialPoint(n, e.metrics["map"].value, e.metrics["latency_ms"].value * scale)
         for n, e in evaluations.items()

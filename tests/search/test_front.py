@@ -133,7 +133,7 @@ def test_a_base_that_still_learns_flatters_nobody(tmp_path: Path) -> None:
     front = front_of(study)
     assert front.losses_against == 62.0
     assert "+2.0 AP" in front.remarks[0]
-    assert front.rows[0].note == "-1.5 to the base trained further"
+    assert front.rows[0].note == "-1.5 to trained base"
     judge = ProblemJudge(study, Problem.read({"limits": {"max_map_drop": 1.0}}))
     # 62 - 60.5 = 1.5 of 1.0 allowed
     assert judge.constraints(measured(map=60.5, latency_ratio=0.8)) == pytest.approx([0.5])
