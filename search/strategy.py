@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import optuna
-from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 
 from evaluators.bench import Bench
@@ -15,7 +14,7 @@ from evaluators.jobs import Job
 from evaluators.ranking import Problem
 from search.knowledge import PROBE, finished_trials, latency_learner, measured_damage
 from search.sampler import LARGEST_LOSS, FrontSampler
-from search.seeds import seed_recipes, smooth_starts, uniform_starts
+from search.seeds import narrowest, seed_recipes, smooth_starts, uniform_starts
 from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, store_sensitivity
 from search.study import SearchStudy
 from search.warm_start import warm_seeds
@@ -25,6 +24,7 @@ from spaces.recipe import Recipe
 from spaces.table import SpaceTable
 
 PROBES = 16
+BFLOAT16_BITS = 16.0
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=False),
@@ -115,7 +115,8 @@ class Preparations:
 
 def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
     """Recipes for the latency model: every bit-width used everywhere, also with polynomials for activation
-    functions where there are such, the base with the fewest boxes in suppression, then random mixtures.
+    functions where there are such, a fast one of these with the fewest boxes in suppression, then random
+    mixtures.
 
     Half of the random ones keep to one bit-width, the others mix two: the widths are drawn per parameter
     with a share of its own, and so is how far every other kind of choice goes.
@@ -125,8 +126,13 @@ def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
     every = [parameter.kind for parameter in table.space.parameters.values()]
     others = list(dict.fromkeys(kind for kind in every if kind != "quantize"))
     kinds = np.array([others.index(kind) if kind in others else 0 for kind in every], np.int64)
-    rows = [*uniform_starts(table)[1:], *smooth_starts(table)]
-    rows += [_alone(table, p) for p, kind in enumerate(every) if kind == PreNmsTopK.kind]
+    starts = [*uniform_starts(table), *smooth_starts(table)]
+    rows = starts[1:]
+    if PreNmsTopK.kind in every:
+        halves = [row for row in starts if narrowest(table, row) == BFLOAT16_BITS]
+        fast = (halves or starts[:1])[-1]  # where the share of what suppression takes is largest
+        last = np.array([kind == PreNmsTopK.kind for kind in every])
+        rows.append(np.where(last, table.sizes - 1, fast))
     while len(rows) < count:
         strength = np.array([random.random() for _ in range(int(kinds.max(initial=0)) + 1)])[kinds]
         pruned = random.binomial(np.maximum(table.sizes - 1, 0), strength)
@@ -136,13 +142,6 @@ def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
         chosen = np.where(random.random(len(bits)) < share, first, second)
         rows.append(np.where(bits, np.minimum(chosen, table.sizes - 1), pruned))
     return [table.space.recipe(table.params(row)) for row in rows[:count]]
-
-
-def _alone(table: SpaceTable, parameter: int) -> NDArray[np.int64]:
-    """The base with the last option of one parameter."""
-    row = np.zeros(len(table.names), np.int64)
-    row[parameter] = table.sizes[parameter] - 1
-    return row
 
 
 def sampler_named(name: str) -> Callable[[int], BaseSampler]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -118,12 +119,16 @@ def test_probes_are_deterministic_recipes_of_the_space() -> None:
     assert len({recipe.key for recipe in recipes}) > 8
 
 
-def test_one_probe_is_the_base_with_the_fewest_boxes_in_suppression() -> None:
+def test_two_probes_differ_only_in_the_boxes_that_go_into_suppression() -> None:
     detector = ToyDetector()
     sites = find_sites(detector, detector.build(), topk=400)
-    table = SpaceTable(build_space(detector, sites, CPU, ("quantize", "topk")))
-    choices = [recipe.choices for recipe in probe_recipes(table, 8, seed=0)]
-    assert (TopK(count=50),) in choices
+    for capabilities in (CPU, replace(CPU, bit_widths=(32, 8))):
+        table = SpaceTable(build_space(detector, sites, capabilities, ("quantize", "topk")))
+        probes = [recipe.choices for recipe in probe_recipes(table, 8, seed=0)]
+        probes.append(())  # the base, which is timed as well
+        few = [choices for choices in probes if TopK(count=50) in choices]
+        rest = [tuple(choice for choice in choices if choice != TopK(count=50)) for choices in few]
+        assert any(one in probes for one in rest)
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "nsga3", "gp", "random", "optuna.samplers:QMCSampler"])
