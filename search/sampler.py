@@ -121,7 +121,8 @@ class FrontSampler(BaseSampler):
         area = dict(zip(there, areas, strict=True))
         parents = [k for k in parents if k in area] or parents
         shares = np.array([area.get(k, 1.0) for k in parents])
-        reached = Reached(together[:, 0], together[:, 1], self._largest_loss, UNTOLD)
+        free = min(UNTOLD, self._largest_loss / 4)
+        reached = Reached(together[:, 0], together[:, 1], self._largest_loss, free)
         return _View(measured, finished.options, believed, model, reached, parents, shares / shares.sum())
 
     def _drawn(self, view: _View) -> LossModel:
