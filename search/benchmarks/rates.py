@@ -43,7 +43,11 @@ class Rated:
 
 
 def compare_rates(
-    bench: Bench, rates: Sequence[float], folder: Path, say: Callable[[str], None]
+    bench: Bench,
+    rates: Sequence[float],
+    folder: Path,
+    say: Callable[[str], None],
+    sparsities: Sequence[float] = SPARSITIES,
 ) -> tuple[float, list[Rated]]:
     """Train and score as a search does.
 
@@ -65,7 +69,7 @@ def compare_rates(
         plan = brief.finetune.model_copy(update={"learning_rate": rate})
         artifacts = folder / f"{rate:g}"
         worker = CandidateWorker(brief.model_copy(update={"finetune": plan}), artifacts)
-        for number, sparsity in enumerate((BASE, *SPARSITIES)):
+        for number, sparsity in enumerate((BASE, *sparsities)):
             choices = tuple(pruned(bench, sparsity)) if sparsity else ()
             recipe = Recipe(detector=bench.detector.name, choices=choices)
             job = Job(kind="trial", name=f"{sparsity:.1%}", number=number, recipe=recipe, seed=brief.seed)
