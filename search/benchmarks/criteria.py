@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.importance import Importance
 from evaluators.jobs import Job
 from evaluators.pipeline import CandidateWorker
-from evaluators.targets.base import Detections
 from search.benchmarks.method_recipes import pruned
-from search.benchmarks.methods import BRIEF, result_of, session_of
+from search.benchmarks.methods import BRIEF, result_of
+from search.benchmarks.on_report import OnReport
 from search.benchmarks.reports import table, write
 from spaces.recipe import Recipe
 
@@ -48,15 +47,7 @@ def compare_criteria(
         AP of the base on report, and the rows.
     """
     brief = bench.config.model_copy(update={"latency": BRIEF})
-    report = bench.split("report")
-
-    def scored(file: Path) -> tuple[float, dict[int, Detections]]:
-        figures, found = bench.scored(session_of(bench, file), report)
-        return figures["map"], found
-
-    with bench.slot.computing():
-        file = bench.base_model(folder / "base")
-    base, reference = scored(file)
+    on_report = OnReport(bench, folder / "base")
     rows = []
     for criterion in CRITERIA:
         changed = brief.model_copy(update={"importance": criterion})
@@ -69,12 +60,11 @@ def compare_criteria(
         for number, sparsity in enumerate(sparsities):
             recipe = Recipe(detector=bench.detector.name, choices=tuple(pruned(bench, sparsity)))
             job = Job(kind="trial", name=criterion, number=number, recipe=recipe, seed=brief.seed)
-            ends = {name: scored(Path(str(result_of(w, job).artifact))) for name, w in workers.items()}
-            trained, found = ends["trained"]
-            apart = map_difference_interval(report, found, reference)
+            ends = {name: on_report(Path(str(result_of(w, job).artifact))) for name, w in workers.items()}
+            trained, apart = ends["trained"]
             rows.append(Pruned(criterion, sparsity, ends["one-shot"][0], trained, apart))
             say(f"  {criterion} {sparsity:.1%}: {ends['one-shot'][0]:.2f} AP, trained {trained:.2f}")
-    return base, rows
+    return on_report.base, rows
 
 
 def write_criteria(

@@ -7,15 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluators.accuracy import map_difference_interval
 from evaluators.bench import Bench
 from evaluators.exported import model_in
 from evaluators.jobs import Job
 from evaluators.measuring import BASE_FOLDER, FURTHER_FOLDER
 from evaluators.pipeline import CandidateWorker
-from evaluators.targets.base import Detections
 from search.benchmarks.method_recipes import pruned
-from search.benchmarks.methods import BRIEF, result_of, session_of
+from search.benchmarks.methods import BRIEF, result_of
+from search.benchmarks.on_report import OnReport
 from search.benchmarks.reports import table, write
 from spaces.recipe import Recipe
 
@@ -55,15 +54,7 @@ def compare_rates(
         AP of the base on report before any training, and the rows.
     """
     brief = bench.config.model_copy(update={"latency": BRIEF})
-    report = bench.split("report")
-
-    def scored(file: Path) -> tuple[float, dict[int, Detections]]:
-        figures, found = bench.scored(session_of(bench, file), report)
-        return figures["map"], found
-
-    with bench.slot.computing():
-        file = bench.base_model(folder / "base")
-    base, reference = scored(file)
+    on_report = OnReport(bench, folder / "base")
     rows = []
     for rate in rates:
         plan = brief.finetune.model_copy(update={"learning_rate": rate})
@@ -75,11 +66,10 @@ def compare_rates(
             job = Job(kind="trial", name=f"{sparsity:.1%}", number=number, recipe=recipe, seed=brief.seed)
             done = result_of(worker, job)
             further = model_in(artifacts / BASE_FOLDER / FURTHER_FOLDER)
-            found_map, found = scored(Path(str(done.artifact)) if sparsity else further)
-            apart = map_difference_interval(report, found, reference)
-            rows.append(Rated(sparsity, rate, found_map, apart))
-            say(f"  rate {rate:g}, {_name(sparsity)}: {found_map:.2f} AP")
-    return base, rows
+            figure, apart = on_report(Path(str(done.artifact)) if sparsity else further)
+            rows.append(Rated(sparsity, rate, figure, apart))
+            say(f"  rate {rate:g}, {_name(sparsity)}: {figure:.2f} AP")
+    return on_report.base, rows
 
 
 def write_rates(
