@@ -39,8 +39,8 @@ class FineTunePlan(BaseModel):
         epochs: passes over fit; 0 only measures the BatchNorm statistics of the pruned network anew.
         batch_size: images a step.
         learning_rate: step over the size of a tensor's weights, at its highest: a short rise, then half a
-            cosine to 0. A larger one brings more back of what was pruned strongly and less of what was pruned
-            little; see `paredown benchmark rates`.
+            cosine to 0. Twice the default brings more back of strong pruning, four times of it wrecks some
+            detectors; see `paredown benchmark rates`.
         task_weight, distill_weight: shares of the two losses; 0 leaves one out.
         mirror: half of the batches are mirrored left to right. Turn it off where left and right carry a
             meaning, as in text.

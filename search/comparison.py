@@ -14,7 +14,7 @@ from evaluators.bench_config import LatencyConfig
 from evaluators.exported import CARD_FILE, ModelCard
 from evaluators.targets.base import Session
 from evaluators.together import time_together
-from search.benchmarks.reports import table, write
+from search.benchmarks.reports import signed, table, write
 from search.figures import front_png
 from search.front import Front
 from search.report import Peer
@@ -155,7 +155,7 @@ def _verdict(rows: Sequence[Compared], split: str, against: Compared, taken: int
 
 def _figures(row: Compared, splits: Sequence[str], against: Compared) -> list[str]:
     return [
-        *["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference[s]) for s in splits],
+        *(signed(row.difference[s]) for s in splits),
         "{:.3f} [{:.3f}, {:.3f}]".format(*row.ratio),
         f"{against.ratio[0] / row.ratio[0]:.2f}x",
     ]

@@ -9,6 +9,7 @@ from evaluators.latency_model import LatencyModel
 from search.solver import at_damages, damage_path
 from spaces.table import SpaceTable
 
+BFLOAT16_BITS = 16.0
 WHOLE_BITS = 8.0
 """Fewer would have to be trained."""
 SEEDS = 3
@@ -60,8 +61,8 @@ def _bfloat16_damage(table: SpaceTable, damage: NDArray[np.float64]) -> float:
     """Damage of bfloat16 in all layers; 0 where the space does not offer it."""
     total = 0.0
     for p, parameter in enumerate(table.space.parameters.values()):
-        if parameter.kind == "quantize" and 16.0 in parameter.values:
-            total += float(damage[p, parameter.values.index(16.0)])
+        if parameter.kind == "quantize" and BFLOAT16_BITS in parameter.values:
+            total += float(damage[p, parameter.values.index(BFLOAT16_BITS)])
     return total
 
 

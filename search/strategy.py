@@ -14,7 +14,7 @@ from evaluators.jobs import Job
 from evaluators.ranking import Problem
 from search.knowledge import PROBE, finished_trials, latency_learner, measured_damage
 from search.sampler import LARGEST_LOSS, FrontSampler
-from search.seeds import narrowest, seed_recipes, smooth_starts, uniform_starts
+from search.seeds import BFLOAT16_BITS, narrowest, seed_recipes, smooth_starts, uniform_starts
 from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, store_sensitivity
 from search.study import SearchStudy
 from search.warm_start import warm_seeds
@@ -24,7 +24,6 @@ from spaces.recipe import Recipe
 from spaces.table import SpaceTable
 
 PROBES = 16
-BFLOAT16_BITS = 16.0
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=False),

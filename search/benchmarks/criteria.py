@@ -14,7 +14,7 @@ from evaluators.pipeline import CandidateWorker
 from search.benchmarks.method_recipes import pruned
 from search.benchmarks.methods import BRIEF, result_of
 from search.benchmarks.on_report import OnReport
-from search.benchmarks.reports import table, write
+from search.benchmarks.reports import signed, table, write
 from spaces.recipe import Recipe
 
 CRITERIA: tuple[Importance, ...] = get_args(Importance)
@@ -83,7 +83,7 @@ def write_criteria(
                     row.criterion,
                     f"{row.one_shot:.2f}",
                     f"{row.trained:.2f}",
-                    "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference),
+                    signed(row.difference),
                 ]
                 for row in sorted(rows, key=lambda row: row.sparsity)
             ],

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from search.benchmarks.method_recipes import MEANING
 from search.benchmarks.methods import InEngine, MethodBench, Row, Section
-from search.benchmarks.reports import table, write
+from search.benchmarks.reports import signed, table, write
 from spaces.errors import InputError
 
 TITLE = "Every method on every family"
@@ -118,7 +118,7 @@ def _cells(row: Row, engines: Sequence[str]) -> list[str]:
         row.method,
         _figure(row.one_shot),
         "not trained" if row.tuned is None else _figure(row.tuned),
-        "" if row.difference is None else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference),
+        "" if row.difference is None else signed(row.difference),
     ]
     for engine in engines:
         cells += _engine_cells(row.engines[engine]) if engine in row.engines else [""] * 4

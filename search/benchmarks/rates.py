@@ -15,7 +15,7 @@ from evaluators.pipeline import CandidateWorker
 from search.benchmarks.method_recipes import pruned
 from search.benchmarks.methods import BRIEF, result_of
 from search.benchmarks.on_report import OnReport
-from search.benchmarks.reports import table, write
+from search.benchmarks.reports import signed, table, write
 from spaces.recipe import Recipe
 
 RATES = (0.001, 0.002, 0.004, 0.008, 0.016)
@@ -88,7 +88,7 @@ def write_rates(
                     _name(row.sparsity),
                     f"{row.rate:g}",
                     f"{row.map:.2f}",
-                    "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference),
+                    signed(row.difference),
                 ]
                 for row in sorted(rows, key=lambda row: row.sparsity)
             ],

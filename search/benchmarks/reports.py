@@ -19,6 +19,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
     return lines + [f"| {' | '.join(map(str, row))} |" for row in rows]
 
 
+def signed(difference: tuple[float, float, float]) -> str:
+    """A difference of AP with its interval, as cells show it."""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference)
+
+
 def write(
     file: Path,
     title: str,

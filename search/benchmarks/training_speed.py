@@ -17,7 +17,7 @@ from evaluators.finetune import Epoch, FineTunePlan, fine_tune
 from evaluators.targets.base import Detections
 from search.benchmarks.method_recipes import SPARSITY, recipe_of
 from search.benchmarks.plain_loop import plain_fine_tune
-from search.benchmarks.reports import table, write
+from search.benchmarks.reports import signed, table, write
 from spaces.apply import apply
 from spaces.methods.base import Draft
 from spaces.recipe import Prune, Recipe
@@ -189,7 +189,7 @@ def write_training(
                     f"{row.images / row.seconds / threads:.1f}",
                     f"{plain[row.recipe, row.seed] / row.seconds:.2f}x",
                     f"{row.map:.2f}",
-                    "" if row.way == PLAIN else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row.difference),
+                    "" if row.way == PLAIN else signed(row.difference),
                 ]
                 for row in rows
             ],

@@ -88,16 +88,14 @@ def peers(
     folder = opened.artifacts / "peers"
     peers = peers_of(bench, model_in(opened.trial_folder(base)), folder, slow, say)
     models, reference = peers.models, next(iter(peers.models))
-    further = opened.artifacts / BASE_FOLDER / FURTHER_FOLDER
-    if gain_of_training_further(evaluation) and model_in(further).is_file():
-        file = model_in(further)
-        session = bench.target.prepare(file, threads, ModelCard.beside(file).runtime.hint)
-        models["base trained further"] = (session, file)
+    further = model_in(opened.artifacts / BASE_FOLDER / FURTHER_FOLDER)
+    files = {"base trained further": further} if gain_of_training_further(evaluation) else {}
     for number in sorted(front_numbers(opened) - {base}):
-        file = model_in(opened.trial_folder(number))
+        files[f"{TRIAL}{number}"] = model_in(opened.trial_folder(number))
+    for name, file in files.items():
         if file.is_file():
             session = bench.target.prepare(file, threads, ModelCard.beside(file).runtime.hint)
-            models[f"{TRIAL}{number}"] = (session, file)
+            models[name] = (session, file)
     splits = split or ["select", "report"]
     rows = compare(bench, models, reference, splits, say)
     report = output / f"peers_{study}.md"
