@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evaluators.datasets import coco, yolo
 from evaluators.datasets.digits import write_digits
-from evaluators.datasets.split import DetectionSplit, ImageRecord
+from evaluators.datasets.split import DetectionSplit, ImageRecord, joined
 from spaces.errors import InputError
 
 ROLES = ("fit", "select", "report")
@@ -26,6 +26,9 @@ _FIT = ("fit", "train", "instances_train2017", "instances_train2014")
 _SELECT = ("select",)
 _REPORT = ("report", "val", "instances_val2017", "instances_val2014", "test")
 
+SELECT_FRACTION = 0.2
+"""Of fit's images that select takes where it has no annotations of its own."""
+
 
 class DataConfig(BaseModel):
     """A data set and the annotations that each role is read from.
@@ -34,6 +37,10 @@ class DataConfig(BaseModel):
     data set a key of `data.yaml`) or, for COCO, paths of such files. Where they are not given: fit is `fit`
     or else `train`; select is `select` or else a share of fit's images, which fit then gives up; report is
     `report` or else `val` or else `test`.
+
+    `select_fraction` is that share: a fifth where select has no annotations of its own, none where it has.
+    Given together with them, select is both. That is for searches that train little or nothing, where fit's
+    images are of more use as judges.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -43,7 +50,7 @@ class DataConfig(BaseModel):
     fit: str | None = None
     select: str | None = None
     report: str | None = None
-    select_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    select_fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
     seed: int = Field(default=0, description="which images select takes from fit")
 
 
@@ -59,12 +66,7 @@ def load_splits(config: DataConfig) -> dict[str, DetectionSplit]:
     splits = {"fit": fit, "select": select, "report": source.report()}
     _check_disjoint(splits, [role for role in ROLES if getattr(config, role) is None])
     for role in ("select", "report"):
-        if splits[role].categories != fit.categories:
-            raise InputError(
-                f"{splits[role].source}: categories",
-                [f"{one.id} {one.name}" for one in splits[role].categories][:5],
-                f"differ from those of {fit.source}; all roles need the same ids and names",
-            )
+        _check_same_categories(fit, splits[role])
     return splits
 
 
@@ -106,12 +108,19 @@ class _Source:
         raise InputError(f"{role} data", name, f"no such annotations in {self.root}; there are: {have}")
 
     def fit_and_select(self) -> tuple[DetectionSplit, DetectionSplit]:
-        """fit and select; where only one of them has annotations of its own, both parts of it."""
+        """fit and select, after fit has given select the share that is asked for."""
         fit = self.read("fit", self._name("fit", self.config.fit, _FIT))
-        select = self.config.select or next((name for name in _SELECT if name in self.names), None)
-        if select is not None:
-            return fit, self.read("select", select)
-        return _divide(fit, self.config.select_fraction, self.config.seed)
+        name = self.config.select or next((name for name in _SELECT if name in self.names), None)
+        share, seed = self.config.select_fraction, self.config.seed
+        if name is None:
+            return _divide(fit, share or SELECT_FRACTION, seed)
+        select = self.read("select", name)
+        if share is None:
+            return fit, select
+        _check_same_categories(fit, select)
+        _check_disjoint({"fit": fit, "select": select}, [])
+        rest, given = _divide(fit, share, seed)
+        return rest, joined(select, given)
 
     def report(self) -> DetectionSplit:
         return self.read("report", self._name("report", self.config.report, _REPORT))
@@ -158,6 +167,15 @@ def _divide(whole: DetectionSplit, fraction: float, seed: int) -> tuple[Detectio
     label = f"{whole.name}[{{}}, {fraction:.0%} to select by seed {seed}]"
     fit = whole.part("fit", label.format("fit"), lambda image: image.id not in chosen)
     return fit, whole.part("select", label.format("select"), lambda image: image.id in chosen)
+
+
+def _check_same_categories(fit: DetectionSplit, other: DetectionSplit) -> None:
+    if other.categories != fit.categories:
+        raise InputError(
+            f"{other.source}: categories",
+            [f"{one.id} {one.name}" for one in other.categories][:5],
+            f"differ from those of {fit.source}; all roles need the same ids and names",
+        )
 
 
 def _check_disjoint(splits: Mapping[str, DetectionSplit], not_given: Collection[str]) -> None:

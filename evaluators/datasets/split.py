@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,26 @@ def checked_split(
             f"{role} data", str(source), f"the split is empty: {name} has no box to learn or score"
         )
     return split
+
+
+def joined(split: DetectionSplit, other: DetectionSplit) -> DetectionSplit:
+    """The images of both, in the role of the first, whose categories both have and whose source it names.
+
+    Annotations are numbered anew from 1, and so are images where one has the id of another.
+    """
+    parts = (split, other)
+    ids = [image.id for part in parts for image in part.images]
+    keep = len(set(ids)) == len(ids)
+    images: list[ImageRecord] = []
+    annotations: list[dict[str, Any]] = []
+    for part in parts:
+        first = len(images) + 1
+        new = {one.id: one.id if keep else number for number, one in enumerate(part.images, start=first)}
+        images += [replace(image, id=new[image.id]) for image in part.images]
+        annotations += [{**one, "image_id": new[one["image_id"]]} for one in part.annotations]
+    numbered = [{**one, "id": number} for number, one in enumerate(annotations, start=1)]
+    name = f"{split.name} + {other.name}"
+    return replace(split, name=name, images=tuple(images), annotations=numbered)
 
 
 def without_area(box: Any) -> bool:

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from search.parts import SearchParts
     from search.study import SearchStudy
 
+JUDGES = 500
+"""Images of select from which on more of them are not worth a word."""
+
 
 def search(
     config: ConfigFile,
@@ -116,6 +119,7 @@ def search(
     if settings.search.sampler != "front":
         sampler_named(settings.search.sampler)  # before anything is made
     bench = prepared_bench(settings)
+    advise(settings, bench)
     source = _warm_source(settings, bench, storage)
     opened = open_for(settings, bench, storage, new_reference)
     say(f"study {opened.name} in {opened.shown_url}")
@@ -168,12 +172,22 @@ def prepared_bench(settings: SearchConfig) -> Bench:
     bench = Bench(settings.bench)
     for role in ("fit", "select"):
         split = bench.splits[role]
-        say(f"{role}: {len(split.images)} images of {split.source}")
+        parts = f" ({split.name})" if "[" in split.name else ""
+        say(f"{role}: {len(split.images)} images of {split.source}{parts}")
         if split.boxes_without_area:
             say(f"  {split.boxes_without_area} boxes without area are not trained on")
         look = bench.detector.preprocess
         LetterboxedImages.build(split, look.size, look.pad_value, settings.cache, _images_done, look.fit)
     return bench
+
+
+def advise(settings: SearchConfig, bench: Bench) -> None:
+    """Say where images that nothing needs for training would tell losses of an AP apart."""
+    fit, select = (len(bench.splits[role].images) for role in ("fit", "select"))
+    untrained = settings.finetune.epochs == 0 and settings.data.select_fraction is None
+    if untrained and select < min(fit, JUDGES):
+        say(f"finetune.epochs is 0: fit trains nothing, and {select} images tell small losses badly.")
+        say("  data.select_fraction: 0.4 in the configuration would let that share of fit judge, too")
 
 
 def open_for(settings: SearchConfig, bench: Bench, storage: str, new_reference: bool = False) -> SearchStudy:

@@ -1,0 +1,24 @@
+"""What `paredown search` says of data that could serve better."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evaluators.datasets.base import DataConfig
+from search.commands.search import advise
+
+
+@pytest.mark.parametrize(
+    ("epochs", "select", "fraction", "said"),
+    [(0, 82, None, True), (1, 82, None, False), (0, 82, 0.4, False), (0, 337, None, False)],
+)
+def test_a_search_that_trains_nothing_is_told_that_fit_may_judge(
+    capsys: pytest.CaptureFixture[str], epochs: int, select: int, fraction: float | None, said: bool
+) -> None:
+    settings: Any = SimpleNamespace(
+        finetune=SimpleNamespace(epochs=epochs), data=DataConfig(select_fraction=fraction)
+    )
+    splits = {role: SimpleNamespace(images=range(n)) for role, n in (("fit", 337), ("select", select))}
+    advise(settings, SimpleNamespace(splits=splits))  # type: ignore[arg-type]
+    assert ("data.select_fraction" in capsys.readouterr().out) == said
