@@ -26,9 +26,6 @@ _FIT = ("fit", "train", "instances_train2017", "instances_train2014")
 _SELECT = ("select",)
 _REPORT = ("report", "val", "instances_val2017", "instances_val2014", "test")
 
-SELECT_FRACTION = 0.2
-"""Of fit's images that select takes where it has no annotations of its own."""
-
 
 class DataConfig(BaseModel):
     """A data set and the annotations that each role is read from.
@@ -38,9 +35,8 @@ class DataConfig(BaseModel):
     or else `train`; select is `select` or else a share of fit's images, which fit then gives up; report is
     `report` or else `val` or else `test`.
 
-    `select_fraction` is that share: a fifth where select has no annotations of its own, none where it has.
-    Given together with them, select is both. That is for searches that train little or nothing, where fit's
-    images are of more use as judges.
+    `select_fraction` is that share. `fit_to_select` is one that fit gives up to a select with annotations of
+    its own: for searches that train little or nothing, where fit's images are of more use as judges.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,7 +46,8 @@ class DataConfig(BaseModel):
     fit: str | None = None
     select: str | None = None
     report: str | None = None
-    select_fraction: float | None = Field(default=None, gt=0.0, lt=1.0)
+    select_fraction: float = Field(default=0.2, gt=0.0, lt=1.0)
+    fit_to_select: float = Field(default=0.0, ge=0.0, lt=1.0)
     seed: int = Field(default=0, description="which images select takes from fit")
 
 
@@ -111,15 +108,18 @@ class _Source:
         """fit and select, after fit has given select the share that is asked for."""
         fit = self.read("fit", self._name("fit", self.config.fit, _FIT))
         name = self.config.select or next((name for name in _SELECT if name in self.names), None)
-        share, seed = self.config.select_fraction, self.config.seed
+        more, seed = self.config.fit_to_select, self.config.seed
         if name is None:
-            return _divide(fit, share or SELECT_FRACTION, seed)
+            if more > 0:
+                remedy = "goes beside annotations of select's own, and there are none; use select_fraction"
+                raise InputError("data.fit_to_select", more, remedy)
+            return _divide(fit, self.config.select_fraction, seed)
         select = self.read("select", name)
-        if share is None:
+        if more == 0:
             return fit, select
         _check_same_categories(fit, select)
         _check_disjoint({"fit": fit, "select": select}, [])
-        rest, given = _divide(fit, share, seed)
+        rest, given = _divide(fit, more, seed)
         return rest, joined(select, given)
 
     def report(self) -> DetectionSplit:

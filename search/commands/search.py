@@ -184,10 +184,10 @@ def prepared_bench(settings: SearchConfig) -> Bench:
 def advise(settings: SearchConfig, bench: Bench) -> None:
     """Say where images that nothing needs for training would tell losses of an AP apart."""
     fit, select = (len(bench.splits[role].images) for role in ("fit", "select"))
-    untrained = settings.finetune.epochs == 0 and settings.data.select_fraction is None
+    untrained = settings.finetune.epochs == 0 and settings.data.fit_to_select == 0
     if untrained and select < min(fit, JUDGES):
         say(f"finetune.epochs is 0: fit trains nothing, and {select} images tell small losses badly.")
-        say("  data.select_fraction: 0.4 in the configuration would let that share of fit judge, too")
+        say("  data.fit_to_select: 0.4 in the configuration would let that share of fit judge, too")
 
 
 def open_for(settings: SearchConfig, bench: Bench, storage: str, new_reference: bool = False) -> SearchStudy:

@@ -91,7 +91,7 @@ def test_select_is_a_stable_share_of_train_where_it_is_not_given(tmp_path: Path)
 def test_a_share_of_fit_judges_beside_the_annotations_of_select(tmp_path: Path) -> None:
     config = write(tmp_path, train=document(1, 10), select=document(11), val=document(13))
     assert len(load_splits(config)["fit"].images) == 10
-    shared = config.model_copy(update={"select_fraction": 0.3})
+    shared = config.model_copy(update={"fit_to_select": 0.3})
     splits = load_splits(shared)
     fit, select = splits["fit"], splits["select"]
     assert (len(fit.images), len(select.images)) == (7, 5)
@@ -110,19 +110,21 @@ def test_images_of_two_files_with_the_same_ids_are_numbered_anew(tmp_path: Path)
         image["file_name"] = f"own{image['id']}.png"
     own["annotations"][1]["bbox"] = [1, 2, 3, 4]
     config = write(tmp_path, train=document(1, 10), select=own, val=document(13))
-    select = load_splits(config.model_copy(update={"select_fraction": 0.3}))["select"]
+    select = load_splits(config.model_copy(update={"fit_to_select": 0.3}))["select"]
     assert [image.id for image in select.images] == [1, 2, 3, 4, 5]
     boxes = {image.path.name: select.by_image()[image.id][0]["bbox"] for image in select.images}
     assert (boxes["own1.png"], boxes["own2.png"]) == ([4, 3, 20, 10], [1, 2, 3, 4])
 
 
 def test_a_share_of_fit_is_refused_where_it_does_not_go_with_select(tmp_path: Path) -> None:
-    share = {"select_fraction": 0.3}
+    share = {"fit_to_select": 0.3}
     same = write(tmp_path / "a", train=document(1, 10), select=document(9), val=document(13))
     assert "is in two roles: fit (train) and select (select)" in message(same.model_copy(update=share))
     cats = {"categories": [{"id": 9, "name": "horse"}, {"id": 5, "name": "cat"}]}
     other = write(tmp_path / "b", train=document(1, 10), select=document(11, **cats), val=document(13))
     assert "differ from those of" in message(other.model_copy(update=share))
+    alone = write(tmp_path / "c", train=document(1, 10), val=document(13))
+    assert "use select_fraction" in message(alone.model_copy(update=share))
 
 
 def test_the_layout_of_the_published_coco_is_found(tmp_path: Path) -> None:
