@@ -108,7 +108,7 @@ class Measuring:
             recipe_key=recipe.key,
             status="ok",
             metrics=metrics,
-            split=str(bench.splits["select"].source),
+            split=bench.splits["select"].origin,
             artifact=str(model_in(folder)),
             environment=bench.target.signature(bench.config.threads) | {"hint": card.runtime.hint},
             details=details,

@@ -60,7 +60,7 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
     named = {str(n): session for n, session in sessions.items()}
     paired = time_together(bench, named, reference, seconds, images_of=inputs)
     split = bench.split("report")
-    say(f"scoring them on report ({len(split.images)} images of {split.source})")
+    say(f"scoring them on report ({len(split.images)} images of {split.origin})")
     figures: dict[int, dict[str, float]] = {}
     detections: dict[int, dict[int, Detections]] = {}
     for n, session in sessions.items():

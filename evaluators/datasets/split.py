@@ -35,10 +35,11 @@ class DetectionSplit:
         role: fit, select or report, or the name itself where a split was asked for by name.
         name: the annotations' name, `val` for `annotations/val.json`; `train[select 20%, seed 0]` for a
             part of it.
-        source: the file that the annotations were read from.
+        source: the file that the annotations were read from, or the first of them.
         categories: sorted by id; a class position is an index into it.
         annotations: COCO annotations, boxes xywh in pixels of the original image exactly as in the
             source, crowd regions included.
+        others: what was joined to it: `135 images of train.json`.
     """
 
     role: str
@@ -47,6 +48,12 @@ class DetectionSplit:
     images: tuple[ImageRecord, ...]
     categories: tuple[Category, ...]
     annotations: list[dict[str, Any]]
+    others: str = ""
+
+    @property
+    def origin(self) -> str:
+        """Where it is from, for a person."""
+        return f"{self.source} and {self.others}" if self.others else str(self.source)
 
     def coco(self) -> dict[str, Any]:
         """The split as a COCO instances document.
@@ -167,8 +174,13 @@ def joined(split: DetectionSplit, other: DetectionSplit) -> DetectionSplit:
         images += [replace(image, id=new[image.id]) for image in part.images]
         annotations += [{**one, "image_id": new[one["image_id"]]} for one in part.annotations]
     numbered = [{**one, "id": number} for number, one in enumerate(annotations, start=1)]
-    name = f"{split.name} + {other.name}"
-    return replace(split, name=name, images=tuple(images), annotations=numbered)
+    return replace(
+        split,
+        name=f"{split.name} + {other.name}",
+        images=tuple(images),
+        annotations=numbered,
+        others=f"{len(other.images)} images of {other.source.name}",
+    )
 
 
 def without_area(box: Any) -> bool:

@@ -169,7 +169,7 @@ def _measured(settings: SearchConfig, subject: Subject, split: DetectionSplit) -
         latency = {"latency_ms_p50": round(_timed(session, inputs, slot), 3)}
     return {
         **subject.described,
-        "split": str(split.source),
+        "split": split.origin,
         "split_name": split.name,
         "images": len(split.images),
         "threads": settings.threads,

@@ -172,8 +172,7 @@ def prepared_bench(settings: SearchConfig) -> Bench:
     bench = Bench(settings.bench)
     for role in ("fit", "select"):
         split = bench.splits[role]
-        parts = f" ({split.name})" if "[" in split.name else ""
-        say(f"{role}: {len(split.images)} images of {split.source}{parts}")
+        say(f"{role}: {len(split.images)} images of {split.origin}")
         if split.boxes_without_area:
             say(f"  {split.boxes_without_area} boxes without area are not trained on")
         look = bench.detector.preprocess
