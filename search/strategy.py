@@ -74,7 +74,7 @@ class Strategy:
         if damage is None:
             return SAMPLERS["tpe"](seed)
         learner = latency_learner(self._table, self._study)
-        return FrontSampler(self._table, damage, learner, 1.5 * self._largest_loss, seed)
+        return FrontSampler(self._table, damage, learner, self._largest_loss, seed)
 
     def on_prepared(self, _study: SearchStudy) -> None:
         """Enqueue the seeds: solved recipes from mild to strong."""
