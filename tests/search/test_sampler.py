@@ -59,9 +59,9 @@ class MadeUp:
             writer.complete([quality, latency], evaluation, [])
         return study
 
-    def sampler(self, seed: int) -> FrontSampler:
+    def sampler(self, seed: int, largest_loss: float = 20.0) -> FrontSampler:
         return FrontSampler(
-            self.table, self.damage, lambda f: fit_latency(self.table, f.options, f.ratio), 20.0, seed
+            self.table, self.damage, lambda f: fit_latency(self.table, f.options, f.ratio), largest_loss, seed
         )
 
 
@@ -77,6 +77,14 @@ def test_beats_random_search_on_a_problem_that_it_has_the_sensitivities_of() -> 
         ours.append(volume(problem.run(problem.sampler(seed), 12)))
         random.append(volume(problem.run(optuna.samplers.RandomSampler(seed=seed), 12)))
     assert np.median(ours) > 1.05 * np.median(random)
+
+
+def test_proposals_keep_within_the_largest_loss() -> None:
+    """221 of the 5832 recipes lose 8 points or less."""
+    problem = MadeUp()
+    studies = [problem.run(problem.sampler(seed, 8.0), 20) for seed in range(3)]
+    learnt = [60.0 - t.values[0] for study in studies for t in study.get_trials()[8:]]
+    assert np.mean(np.array(learnt) <= 8.0) >= 0.8
 
 
 def test_same_seed_same_proposals_and_no_repeats() -> None:
