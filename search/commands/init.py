@@ -46,7 +46,7 @@ finetune:
 
 problem:
   limits:
-    max_map_drop: 5.0    # AP points; a search may look further than you will go
+    max_map_drop: 2.0    # AP points: where the trials go; a little more than you will give up
 """
 
 
