@@ -75,7 +75,7 @@ def peers(
     from search.front import best_within, front_of, subtitle_of
     from search.judge import base_evaluation, gain_of_training_further
     from search.peers.all_peers import peers_of
-    from search.retention import base_number, front_numbers
+    from search.retention import base_number
     from search.study import load_study
     from spaces.errors import InputError
 
@@ -90,7 +90,8 @@ def peers(
     models, reference = peers.models, next(iter(peers.models))
     further = model_in(opened.artifacts / BASE_FOLDER / FURTHER_FOLDER)
     files = {"base trained further": further} if gain_of_training_further(evaluation) else {}
-    for number in sorted(front_numbers(opened) - {base}):
+    front = front_of(opened)
+    for number in sorted({row.number for row in front.rows} - {base}):
         files[f"{TRIAL}{number}"] = model_in(opened.trial_folder(number))
     for name, file in files.items():
         if file.is_file():
@@ -103,7 +104,6 @@ def peers(
     if peers.left_out:
         facts["left out"] = "; ".join(f"{name} ({reason})" for name, reason in peers.left_out.items())
     title = f"Front of {study} and its peers"
-    front = front_of(opened)
     try:
         taken = best_within(front, MAY_LOSE).number
     except InputError:
