@@ -182,10 +182,11 @@ def prepared_bench(settings: SearchConfig) -> Bench:
 
 def advise(settings: SearchConfig, bench: Bench) -> None:
     """Say where images that nothing needs for training would tell losses of an AP apart."""
-    fit, select = (len(bench.splits[role].images) for role in ("fit", "select"))
-    untrained = settings.finetune.epochs == 0 and settings.data.fit_to_select == 0
-    if untrained and select < min(fit, JUDGES):
-        say(f"finetune.epochs is 0: fit trains nothing, and {select} images tell small losses badly.")
+    fit, select = bench.splits["fit"], bench.splits["select"]
+    shared = settings.data.fit_to_select > 0 or select.source == fit.source
+    judges = len(select.images)
+    if settings.finetune.epochs == 0 and not shared and judges < min(len(fit.images), JUDGES):
+        say(f"finetune.epochs is 0: fit trains nothing, and {judges} images tell small losses badly.")
         say("  data.fit_to_select: 0.4 in the configuration would let that share of fit judge, too")
 
 
