@@ -61,9 +61,7 @@ def load_splits(config: DataConfig) -> dict[str, DetectionSplit]:
     source = _Source(config)
     fit, select = source.fit_and_select()
     splits = {"fit": fit, "select": select, "report": source.report()}
-    _check_disjoint(splits, [role for role in ROLES if getattr(config, role) is None])
-    for role in ("select", "report"):
-        _check_same_categories(fit, splits[role])
+    _check_together(config, splits)
     return splits
 
 
@@ -117,8 +115,7 @@ class _Source:
         select = self.read("select", name)
         if more == 0:
             return fit, select
-        _check_same_categories(fit, select)
-        _check_disjoint({"fit": fit, "select": select}, [])
+        _check_together(self.config, {"fit": fit, "select": select})
         rest, given = _divide(fit, more, seed)
         return rest, joined(select, given)
 
@@ -169,13 +166,17 @@ def _divide(whole: DetectionSplit, fraction: float, seed: int) -> tuple[Detectio
     return fit, whole.part("select", label.format("select"), lambda image: image.id in chosen)
 
 
-def _check_same_categories(fit: DetectionSplit, other: DetectionSplit) -> None:
-    if other.categories != fit.categories:
-        raise InputError(
-            f"{other.source}: categories",
-            [f"{one.id} {one.name}" for one in other.categories][:5],
-            f"differ from those of {fit.source}; all roles need the same ids and names",
-        )
+def _check_together(config: DataConfig, splits: Mapping[str, DetectionSplit]) -> None:
+    """Refuse roles that share an image or differ in their categories."""
+    _check_disjoint(splits, [role for role in ROLES if getattr(config, role) is None])
+    fit = splits["fit"]
+    for split in splits.values():
+        if split.categories != fit.categories:
+            raise InputError(
+                f"{split.source}: categories",
+                [f"{one.id} {one.name}" for one in split.categories][:5],
+                f"differ from those of {fit.source}; all roles need the same ids and names",
+            )
 
 
 def _check_disjoint(splits: Mapping[str, DetectionSplit], not_given: Collection[str]) -> None:

@@ -39,6 +39,7 @@ class DetectionSplit:
         categories: sorted by id; a class position is an index into it.
         annotations: COCO annotations, boxes xywh in pixels of the original image exactly as in the
             source, crowd regions included.
+        whole: name of the annotations that it is a part of; empty where it is all of them.
         others: what was joined to it: `135 images of train.json`.
     """
 
@@ -48,6 +49,7 @@ class DetectionSplit:
     images: tuple[ImageRecord, ...]
     categories: tuple[Category, ...]
     annotations: list[dict[str, Any]]
+    whole: str = ""
     others: str = ""
 
     @property
@@ -102,7 +104,8 @@ class DetectionSplit:
         images = tuple(image for image in self.images if keep(image))
         ids = {image.id for image in images}
         annotations = [one for one in self.annotations if one["image_id"] in ids]
-        return checked_split(role, name, self.source, images, self.categories, annotations)
+        split = checked_split(role, name, self.source, images, self.categories, annotations)
+        return replace(split, whole=self.name)
 
 
 def checked_split(

@@ -101,7 +101,6 @@ def init(
     asked = {"activate": costly, "gate": bool(gates), "proposals": bool(proposal_sites(network, facts))}
     methods = ["prune", "quantize", *(kind for kind, there in asked.items() if there), "topk"]
     names = [category.name for category in fit.categories]
-    divided = splits["select"].source == fit.source and "[" in fit.name
     height, width = detector.preprocess.size
     text = _TEMPLATE.format(
         model=model,
@@ -116,9 +115,9 @@ def init(
         methods=", ".join(methods),
         others=", ".join(kind for kind in METHODS if kind not in methods),
         format="coco" if annotation_files(root) else "yolo",
-        fit=_described(fit) if not divided else _quoted(fit.name.split("[")[0]),
+        fit=_quoted(fit.whole) if fit.whole else _described(fit),
         select=f"\n  select_fraction: 0.2   # of fit: {len(splits['select'].images)} images, to choose by"
-        if divided
+        if fit.whole
         else f"\n  select: {_described(splits['select'])}",
         report=f"{_described(splits['report'])}, only for the final figures",
         workers=_workers(),

@@ -183,9 +183,8 @@ def prepared_bench(settings: SearchConfig) -> Bench:
 def advise(settings: SearchConfig, bench: Bench) -> None:
     """Say where images that nothing needs for training would tell losses of an AP apart."""
     fit, select = bench.splits["fit"], bench.splits["select"]
-    shared = settings.data.fit_to_select > 0 or select.source == fit.source
     judges = len(select.images)
-    if settings.finetune.epochs == 0 and not shared and judges < min(len(fit.images), JUDGES):
+    if settings.finetune.epochs == 0 and not fit.whole and judges < min(len(fit.images), JUDGES):
         say(f"finetune.epochs is 0: fit trains nothing, and {judges} images tell small losses badly.")
         say("  data.fit_to_select: 0.4 in the configuration would let that share of fit judge, too")
 

@@ -100,6 +100,7 @@ def test_a_share_of_fit_judges_beside_the_annotations_of_select(tmp_path: Path) 
     assert {one["image_id"] for one in select.annotations} == {image.id for image in select.images}
     assert [one["id"] for one in select.annotations] == [1, 2, 3, 4, 5]
     assert select.origin == f"{select.source} and 3 images of train.json"
+    assert (fit.whole, load_splits(config)["fit"].whole) == ("train", "")
     assert select.name == "select + train[select, 30% to select by seed 0]"
     assert load_split(shared, "select").fingerprint() == select.fingerprint()
     assert len(select.part("select", "one", lambda image: image.path.name == "11.png").annotations) == 1
