@@ -17,7 +17,12 @@ must be told. There a trial goes on as a job of kind `measure`, any other job un
 
 def trial_folder(artifacts: Path, number: int) -> Path:
     """Where the files of a trial belong, below the folder of its study; not made here."""
-    return artifacts / f"trial-{number:05d}"
+    return artifacts / folder_name(number)
+
+
+def folder_name(number: int) -> str:
+    """Of the folder of a trial."""
+    return f"trial-{number:05d}"
 
 
 class Job(BaseModel):

@@ -156,10 +156,15 @@ def front(points: ArrayLike) -> list[int]:
         points: `(N, M)`, lower is better. Of equal points the first counts; points with NaN never do.
     """
     values = _points(points)
-    kept: list[int] = []
     # In lexicographic order nothing that comes later dominates (or is the first of) what came before.
     order = np.lexsort((np.arange(len(values)), *values.T[::-1]))
-    for i in order[~np.isnan(values[order]).any(axis=1)]:
+    order = order[~np.isnan(values[order]).any(axis=1)]
+    if values.shape[1] == 2:  # then the second coordinate alone decides
+        second = values[order, 1]
+        better = np.append(True, second[1:] < np.minimum.accumulate(second)[:-1])[: len(order)]
+        return sorted(int(i) for i in order[better])
+    kept: list[int] = []
+    for i in order:
         if not (values[kept] <= values[i]).all(axis=1).any():
             kept.append(int(i))
     return sorted(kept)

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial
 
 from search.experience import Experience, ExperienceReader, believed_loss
 from search.knowledge import Finished, Positions
+from search.linear_algebra import on_one_thread
 from search.sensitivity import stored_sensitivity
 from search.study import SearchStudy
 from search.trials import evaluation_of, is_candidate
@@ -68,7 +69,8 @@ def expected_differences(
     if len(numbers) < FEW:
         return {}
     experience = ExperienceReader(known).read(trials)
-    predicted = -predicted_losses(known, known.damage, experience, np.array(rows))
+    with on_one_thread():
+        predicted = -predicted_losses(known, known.damage, experience, np.array(rows))
     likely = drawn_together(np.array(measured), np.array(errors), predicted)
     return {
         number: float(value)

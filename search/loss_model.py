@@ -127,7 +127,8 @@ class _Fit:
         self._by_kind = np.stack([(single * (kinds == k)).sum(axis=1) for k in every], axis=1)
         chosen = options[:, :, None] == np.arange(damage.shape[1])
         chosen[:, :, 0] = False
-        self._chosen = chosen.reshape(len(options), -1)
+        self._tried = np.flatnonzero(chosen.any(axis=0))
+        self._chosen = chosen.reshape(len(options), -1)[:, self._tried]
 
     def losses(self, errors: NDArray[np.float64]) -> NDArray[np.float64]:
         """`(P, O)`, from trials with these standard errors `(N,)`, AP points."""
@@ -135,12 +136,13 @@ class _Fit:
         used = np.argsort(errors, kind="stable")[:MOST_TRIALS]
         single = mean[self._rows, self._options[used]]
         spread = OWN * (mean + UNSEEN_LOSS)
-        own = self._chosen[used] * spread.ravel()
+        own = self._chosen[used] * spread.flat[self._tried]
         shared = SHARED * single
         covariance = shared @ shared.T + own @ own.T + np.diag(errors[used] ** 2)
         told = cho_solve(cho_factor(covariance), self._losses[used] - single.sum(axis=1))
         factor = SHARED * (shared.T @ told)
-        deviation = spread * (own.T @ told).reshape(mean.shape)
+        deviation = np.zeros_like(mean)
+        deviation.flat[self._tried] = spread.flat[self._tried] * (own.T @ told)
         low, high = FACTORS
         found: NDArray[np.float64] = np.clip(
             mean * (1 + factor[:, None]) + deviation, low * mean, high * (mean + UNSEEN_LOSS)

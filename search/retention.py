@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import translate
 from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluators.jobs import folder_name
 from evaluators.ranking import front
 from search.study import SearchStudy
 from search.trials import is_candidate, is_feasible, recipe_of
 
 STATE_FILES = ("recipe.json", "*.safetensors")
 """From these the model of a trial can be made again, bit for bit."""
+_STATE = re.compile("|".join(map(translate, STATE_FILES)))
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,18 @@ def retain(study: SearchStudy, keep_mb: float, keep: Collection[int] | None = No
     if base is not None:
         needed.add(base)
     sizes: dict[int, int] = {}
-    there = set(os.listdir(study.artifacts))  # at once: a study may have thousands of folders
+    others = {entry.name: entry.path for entry in os.scandir(study.artifacts)}
     for trial in study.optuna.get_trials(deepcopy=False):
-        folder = study.trial_folder(trial.number)
-        if trial.number in needed or not trial.state.is_finished() or folder.name not in there:
+        name = folder_name(trial.number)
+        if trial.number in needed or not trial.state.is_finished() or name not in others:
             continue
+        folder = others.pop(name)
         if _worth_keeping(trial):
             sizes[trial.number] = _strip(folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
 
-    others = there - {study.trial_folder(number).name for number in sizes}
-    total = sum(sizes.values()) + sum(_bytes(study.artifacts / name) for name in others)
+    total = sum(sizes.values()) + sum(map(_bytes, others.values()))
     for number in sorted(sizes):
         if total <= keep_mb * 1e6:
             break
@@ -91,26 +94,26 @@ def _worth_keeping(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE
 
 
-def _strip(folder: Path) -> int:
+def _strip(folder: str) -> int:
     """Remove all but the state from a folder; the bytes that stay."""
     stay = 0
-    for parent, folders, files in os.walk(folder, topdown=False):
-        for name in files:
-            path = os.path.join(parent, name)
-            if any(fnmatch(name, pattern) for pattern in STATE_FILES):
-                stay += os.stat(path).st_size
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:  # another driver may have removed it
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                stay += _strip(entry.path)
+                with suppress(OSError):  # it has files that stay
+                    os.rmdir(entry.path)
+            elif _STATE.match(entry.name):
+                stay += entry.stat().st_size
             else:
-                Path(path).unlink(missing_ok=True)
-        for name in folders:
-            with suppress(OSError):  # it has files that stay
-                os.rmdir(os.path.join(parent, name))
+                Path(entry.path).unlink(missing_ok=True)
     return stay
 
 
-def _bytes(path: Path) -> int:
+def _bytes(path: str) -> int:
     """Of a file, or of all that is in a folder; 0 where there is nothing."""
-    if path.is_file():
-        return path.stat().st_size
+    if os.path.isfile(path):
+        return os.stat(path).st_size
     return sum(
         os.stat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(path) for name in names
     )

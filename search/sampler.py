@@ -18,6 +18,7 @@ from evaluators.ranking import front
 from search.experience import Experience, ExperienceReader, believed_loss
 from search.improvement import Reached
 from search.knowledge import Finished
+from search.linear_algebra import on_one_thread
 from search.loss_model import LossModel
 from search.seeds import uniform_starts
 from search.solver import damage_path
@@ -97,6 +98,10 @@ class FrontSampler(BaseSampler):
         experience = self._reader.read(study.get_trials(deepcopy=False))
         if not len(experience.finished.map):
             return {}
+        with on_one_thread():
+            return self._table.params(self._new(experience))
+
+    def _new(self, experience: Experience) -> NDArray[np.int64]:
         view = self._view(experience)
         for attempt in range(ATTEMPTS):
             solved_enough = attempt >= ATTEMPTS // 4  # what the solver says here was done already
@@ -106,7 +111,7 @@ class FrontSampler(BaseSampler):
                 options = self._solved(view)
             if options.tobytes() not in experience.taken:
                 break
-        return self._table.params(options)
+        return options
 
     def _view(self, experience: Experience) -> _View:
         finished = experience.finished

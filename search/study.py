@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote, urlparse
@@ -53,9 +54,9 @@ class SearchStudy:
     def name(self) -> str:
         return self.optuna.study_name
 
-    @property
+    @cached_property
     def objectives(self) -> dict[str, Direction]:
-        """Direction by name, in the order of the values of a trial."""
+        """Direction by name, in the order of the values of a trial; never changes."""
         names = self.optuna.metric_names or [str(i) for i in range(len(self.optuna.directions))]
         return {
             name: "maximize" if direction == StudyDirection.MAXIMIZE else "minimize"
