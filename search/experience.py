@@ -27,9 +27,9 @@ class Experience:
 
     Attributes:
         finished: evaluated trials, the base among them.
-        passed: of each finished trial, mAP by the epochs of the rungs that it passed.
+        passed: of each finished trial, the best mAP up to each rung that it passed, by epochs.
         stopped: positions `(S, P)` of the trials that were stopped at a rung.
-        stopped_at: of each of them, mAP by rung; the last rung is where it was stopped.
+        stopped_at: the same of each of them; the last rung is where it was stopped.
         pending: positions `(K, P)` of the trials that run now, or were interrupted and will go on.
         taken: positions of all of these as bytes, so that nothing is proposed twice.
     """

@@ -23,7 +23,7 @@ from search.judge import base_evaluation, reference_of
 from search.knowledge import LatencyLearner, latency_learner
 from search.parts import RungRule, Verdict
 from search.study import SearchStudy
-from search.trials import DUPLICATE_OF, REASON, TrialWriter, evaluation_of, rung_figures
+from search.trials import DUPLICATE_OF, REASON, TrialWriter, evaluation_of, rung_figures, rung_maps
 from spaces.table import SpaceTable
 
 COMPANY = 8
@@ -93,10 +93,10 @@ def goes_on(place: int, of: int, keep: float = KEEP, company: int = COMPANY) -> 
 class HalvingRule:
     """A `search.parts.RungRule`: goes on with the better half of all candidates that came to a rung.
 
-    They are compared by the objectives as far as they are known there: mAP at the rung, which is that of the
-    exported file; predicted latency, of all by the same model, since a mixture of predicted and measured
-    ones would compare the model's errors; size, parameters and multiplications, which training no longer
-    changes. A candidate that misses a limit for sure is stopped in whatever company.
+    They are compared by the objectives as far as they are known there: the best mAP up to the rung, which is
+    that of an exported file; predicted latency, of all by the same model, since a mixture of predicted and
+    measured ones would compare the model's errors; size, parameters and multiplications, which training no
+    longer changes. A candidate that misses a limit for sure is stopped in whatever company.
 
     Attributes:
         study: its base is what losses count against.
@@ -117,11 +117,13 @@ class HalvingRule:
     def verdict(self, trials: Sequence[FrozenTrial], trial: FrozenTrial, rung: Rung) -> Verdict:
         """See `search.parts.RungRule`."""
         peers = [t for t in trials if t.number != trial.number and _has_come(t, rung.epochs)]
-        there = [rung_figures(peer)[rung.epochs] for peer in peers] + [rung.figures]
+        best = max([rung.figures["map"], *rung_maps(trial).values()])
+        own = {**rung.figures, "map": best}
+        there = [rung_figures(p)[rung.epochs] | {"map": rung_maps(p)[rung.epochs]} for p in peers] + [own]
         ratios = self.ratios(trials, [*peers, trial])
         known: dict[str, float] = {} if ratios is None else {"latency_ratio": float(ratios[-1])}
         after = "before training" if rung.epochs == 0 else f"after epoch {rung.epochs}"
-        missed = self._missed(trials, rung, known.get("latency_ratio")) if self.keep < 1 else ""
+        missed = self._missed(trials, rung.epochs, own, known.get("latency_ratio")) if self.keep < 1 else ""
         if missed:
             return Verdict(True, f"{after}: {missed}", known)
         points = self._points(there, ratios)
@@ -150,12 +152,14 @@ class HalvingRule:
             columns.append(ratios)
         return np.stack(columns, axis=1) if columns else None
 
-    def _missed(self, trials: Sequence[FrozenTrial], rung: Rung, ratio: float | None) -> str:
+    def _missed(
+        self, trials: Sequence[FrozenTrial], epochs: int, figures: Mapping[str, float], ratio: float | None
+    ) -> str:
         """The limit that the candidate cannot keep whatever training brings; empty where there is none."""
         base = base_evaluation(self.study)
         if base is None:
             return ""
-        facts = dict(rung.figures)
+        facts = dict(figures)
         if ratio is not None:
             reference_ms = base.metrics["latency_ms"].value if "latency_ms" in base.metrics else math.nan
             facts |= {"latency_ratio": ratio, "latency_ms": ratio * reference_ms}
@@ -165,7 +169,10 @@ class HalvingRule:
                 return f"{said}{name} {facts[name]:.4g}, the limit is {bound:g}"
         base_map = reference_of(base).metrics["map"].value
         allowed = self._allowed_loss(base_map)
-        if math.isfinite(allowed) and (least := self._least_loss(trials, rung, base_map)) > allowed:
+        if (
+            math.isfinite(allowed)
+            and (least := self._least_loss(trials, epochs, base_map, base_map - figures["map"])) > allowed
+        ):
             return f"loses {least:.1f} AP even at the best recovery seen, the limit is {allowed:g}"
         return ""
 
@@ -179,16 +186,15 @@ class HalvingRule:
         return min(allowed)
 
     @staticmethod
-    def _least_loss(trials: Sequence[FrozenTrial], rung: Rung, base_map: float) -> float:
-        """AP points that the candidate loses at least, if training repairs the largest share seen so far.
+    def _least_loss(trials: Sequence[FrozenTrial], epochs: int, base_map: float, loss: float) -> float:
+        """AP points that stay of a loss at a rung, if training repairs the largest share seen so far.
 
         Only of candidates that had lost at least half as much: small losses are repaired whole.
         """
-        loss = base_map - rung.figures["map"]
         shares = []
         for trial in trials:
-            figures = rung_figures(trial).get(rung.epochs) if trial.state == TrialState.COMPLETE else None
-            if figures is None or not (there := base_map - figures["map"]) > max(loss / 2, 0.5):
+            at_rung = rung_maps(trial).get(epochs) if trial.state == TrialState.COMPLETE else None
+            if at_rung is None or not (there := base_map - at_rung) > max(loss / 2, 0.5):
                 continue
             evaluation = evaluation_of(trial)
             if evaluation is not None and "map" in evaluation.metrics:

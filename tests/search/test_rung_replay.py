@@ -36,6 +36,20 @@ def test_what_is_saved_and_lost_by_hand() -> None:
     assert set(alone.trained) == {1.0}
 
 
+def test_a_candidate_keeps_its_best_and_is_set_beside_no_rungs() -> None:
+    # The first candidate is better before training, shaken at rung 1 and better again in the end.
+    at_rung = np.array([[50.0, 40.0], [20.0, 45.0]])
+    shaken = Trained(4, (0, 1), at_rung, np.array([0.5, 0.5]), np.array([50.0, 47.0]), 60.0)
+    both = replay(shaken, (0, 1), company=2, orders=20)
+    assert both.kept == pytest.approx(np.ones(20))
+    # By rung 1 alone it is the worse one, and stopped where it comes second: then 2 x .5 of 5 x .5 are left.
+    last = replay(shaken, (1,), company=2, orders=20)
+    assert set(np.round(last.kept, 6)) == {0.4, 1.0}
+    # Stopped after 1 of 4 epochs: (1 + 1/4) / 2 of the training, and round(1.25) = 1 candidate trained by it.
+    assert set(last.trained) == {0.625, 1.0}
+    assert set(np.round(last.plain, 6)) == {0.4, 1.0}
+
+
 def test_a_study_that_stopped_nobody_is_replayed(tmp_path: Path) -> None:
     study = toy_study(tmp_path)
     add(study, {}, TrialState.COMPLETE, 60.0)  # the base

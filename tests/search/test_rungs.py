@@ -131,6 +131,19 @@ def test_the_worse_half_is_stopped_once_there_is_company(study: SearchStudy) -> 
     assert not rule(study, lambda *_: None).verdict(trials, me, one_shot(10.0)).stop, "speed is unknown"
 
 
+def test_a_candidate_is_judged_by_the_best_that_it_was_so_far(study: SearchStudy) -> None:
+    """Large steps of training shake mild candidates, which are better again in the end."""
+    for before, after in ((58.0, 50.0), (20.0, 53.0), (10.0, 52.0)):  # 1, 2, 3
+        add(study, {0: before, 1: after})
+    me = add(study, {0: 57.0})  # 4
+    trials = study.optuna.get_trials()
+    shaken = Rung(epochs=1, figures={"map": 49.0})
+    assert not rule(study).verdict(trials, me, shaken).stop, "57 is the second of four after 58"
+    me = add(study, {0: 52.5})  # 5
+    verdict = rule(study).verdict(study.optuna.get_trials(), me, shaken)
+    assert verdict.reason == "after epoch 1: place 3 of 4, the first 2 go on", "52.5 after 58 and 53"
+
+
 def test_facts_that_training_does_not_change_are_held_against_the_limits(study: SearchStudy) -> None:
     me = add(study, {})
     trials = study.optuna.get_trials()
