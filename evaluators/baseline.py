@@ -25,7 +25,7 @@ from evaluators.postprocess import WholeDetector
 from evaluators.torch_session import TorchSession
 from evaluators.training import EpochReport, TrainingPlan, train
 from spaces.detectors.base import Postprocess, postprocess_of
-from spaces.detectors.own import located
+from spaces.detectors.own import built, located
 from spaces.detectors.published import weights_file
 from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights, save_weights
@@ -95,8 +95,14 @@ def train_baseline(
     Raises:
         InputError: the configuration, the data or the checkpoint are not as they must be.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("device", device, "torch sees no CUDA device here; choose cpu")
+    if output.suffix != ".safetensors":
+        raise InputError("--output", str(output), "must end in .safetensors")
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise InputError("--device", device, "choose cpu, or cuda where there is one") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device", device, "torch sees no CUDA device here; choose cpu")
     splits = load_splits(config.data)
     detector = make_detector(config.model, len(splits["fit"].categories), config.size)
     look, rules = detector.preprocess, postprocess_of(detector, config.postprocess)
@@ -105,7 +111,7 @@ def train_baseline(
         for role, split in splits.items()
     }
     torch.manual_seed(config.plan.seed)
-    network = detector.build()
+    network = built(config.model, detector)
     if start is not None:
         load_weights(network, weights_file(config.model, start), detector, splits["fit"].categories, True)
     network.to(device)

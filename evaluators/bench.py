@@ -31,7 +31,7 @@ from evaluators.targets.base import Detections, Session
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
 from spaces.detectors.base import Detector, postprocess_of
-from spaces.detectors.own import require_runs
+from spaces.detectors.own import built
 from spaces.detectors.registry import licence_of, make_detector
 from spaces.detectors.weights import load_weights
 from spaces.effects import codebooks_by_layer, integers_by_layer
@@ -62,11 +62,9 @@ class Bench:
         self.categories = self.splits["fit"].categories
         self.detector: Detector = self.detector_at(config.size)
         self.postprocess = postprocess_of(self.detector, config.postprocess)
-        self.base: nn.Module = self.detector.build()
+        self.base: nn.Module = built(config.model, self.detector)
         load_weights(self.base, config.checkpoint, self.detector, self.categories)
         self.base.eval().requires_grad_(False)
-        if ":" in config.model:
-            require_runs(config.model, self.detector, self.base)
         self._resized: dict[Size, Bench] = {}
 
     def detector_at(self, size: Size | None) -> Detector:

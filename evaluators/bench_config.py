@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from evaluators.calibration import QuantizationPlan
 from evaluators.datasets.base import DataConfig
 from evaluators.finetune import FineTunePlan
 from evaluators.importance import Importance
 from spaces.detectors.base import Postprocess
+from spaces.errors import InputError
 from spaces.space import Granularity
 
 
@@ -34,6 +35,12 @@ class LatencyConfig(BaseModel):
     max_rounds: int = Field(default=240, ge=8)
     target_spread: float = Field(default=0.02, gt=0.0)
     time_limit_s: float = Field(default=2.2, gt=0.0)
+
+    @model_validator(mode="after")
+    def _some_rounds(self) -> LatencyConfig:
+        if self.max_rounds < self.min_rounds:
+            raise InputError("latency.max_rounds", self.max_rounds, f"is below min_rounds, {self.min_rounds}")
+        return self
 
 
 class BenchConfig(BaseModel):

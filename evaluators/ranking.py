@@ -81,6 +81,8 @@ class Problem(BaseModel):
             name, operator, bound = _read_limit(given, limit)
             if name in long:
                 raise InputError(f"limits.{given}", limit, f"{name} already has a limit")
+            if name == MAP_DROP and operator == "<=" and bound < 0:
+                raise InputError(f"limits.{given}", bound, "AP points that may be lost: write 0 or more")
             long[name] = (operator, bound)
         return dict(sorted(long.items()))
 

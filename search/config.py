@@ -80,6 +80,13 @@ class SearchConfig(BenchConfig):
     problem: Problem = Problem()
     keep_mb: float = Field(default=2000.0, gt=0.0)
 
+    @field_validator("problem")
+    @classmethod
+    def _several_objectives(cls, problem: Problem) -> Problem:
+        if len(problem.objectives) < 2:
+            raise InputError("problem.objectives", list(problem.objectives), "name at least two")
+        return problem
+
     @property
     def rungs(self) -> tuple[int, ...]:
         """Epochs of a candidate's training after which it may be stopped; empty where it never is.
@@ -262,7 +269,9 @@ def _as_input_error(error: ValidationError, source: str) -> InputError:
     value = None if isinstance(first["input"], Mapping) else first["input"]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
-        return InputError(f"{source}: {cause.field}", cause.value, cause.remedy)
+        above = ".".join(location[:-1])
+        named = cause.field if cause.field.startswith(above) or not above else f"{above}.{cause.field}"
+        return InputError(f"{source}: {named}", cause.value, cause.remedy)
     if first["type"] == "extra_forbidden":
         known = ", ".join(_known_fields(location[:-1]))
         return InputError(field, None, f"no such field; there are: {known}")

@@ -132,7 +132,7 @@ def _prepare_file(url: URL, create: bool) -> None:
         raise InputError("storage", str(url), "a study in memory cannot be resumed; name a file")
     path = Path(str(url.database))
     if not create and not path.is_file():
-        raise InputError("storage", str(path), "no such file")
+        raise InputError("storage", str(path), "no such file; go to where the search ran, or name --storage")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -64,7 +64,10 @@ def write_digits(directory: Path, seed: int = 0, images: Mapping[str, int] | Non
         and _marker_of(directory) is None
         and (not directory.is_dir() or any(directory.iterdir()))
     ):
-        raise InputError("root", str(directory), "not a digits data set; name an empty or a new folder")
+        remedy = (
+            "not a digits data set; write data.format: auto to read it, or name a new folder for the digits"
+        )
+        raise InputError("data.root", str(directory), remedy)
     directory.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:

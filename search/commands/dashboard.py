@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import tempfile
 from pathlib import Path
@@ -78,6 +79,8 @@ def _check_free(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
+        here = error.errno != errno.EADDRNOTAVAIL
+        field, value = ("--port", str(port)) if here else ("--host", host)
         raise InputError(
-            "--port", port, f"{host} cannot listen there ({error.strerror}); try another"
+            field, value, f"cannot listen on {host}:{port} ({error.strerror}); try another"
         ) from None

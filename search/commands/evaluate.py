@@ -54,7 +54,7 @@ def evaluate(
         typer.Option("--model", help="Exported model.onnx (model.json beside it); else the base."),
     ] = None,
     trial: Annotated[
-        int | None, typer.Option("--trial", min=0, help="The model of this trial of --study.")
+        int | None, typer.Option("--trial", min=0, help="Of --study: the base or a trial of the front.")
     ] = None,
     target: Annotated[
         str | None, typer.Option("--target", help="Engine; default: the model's own.", metavar="NAME")
@@ -107,8 +107,14 @@ def evaluate(
 def _model_of_trial(study: str, trial: int, storage: str) -> Path:
     from evaluators.exported import model_in
     from search.study import load_study
+    from spaces.errors import InputError
 
-    return model_in(load_study(study, url=storage).trial_folder(trial))
+    model = model_in(load_study(study, url=storage).trial_folder(trial))
+    if not model.is_file():
+        remake = f"paredown finish --study {study} --trial {trial} --output DIR"
+        remedy = f"only models of the front and the base are kept; make it again with {remake}"
+        raise InputError("--trial", trial, remedy)
+    return model
 
 
 def _base(
@@ -118,12 +124,13 @@ def _base(
     from evaluators.postprocess import WholeDetector
     from evaluators.targets.registry import target_named
     from spaces.detectors.base import postprocess_of
+    from spaces.detectors.own import built
     from spaces.detectors.registry import make_detector
     from spaces.detectors.weights import load_weights
 
     engine = target_named(target)
     detector = make_detector(settings.model, len(split.categories), settings.size)
-    network = detector.build()
+    network = built(settings.model, detector)
     load_weights(network, settings.checkpoint, detector, split.categories)
     network.eval()
     rules = postprocess_of(detector, settings.postprocess)

@@ -15,7 +15,6 @@ from search.commands.options import (
     DEFAULT_STORAGE,
     Checkpoint,
     Data,
-    MaxMapDrop,
     Seed,
     Storage,
     StudyName,
@@ -42,7 +41,14 @@ def finish(
         int | None,
         typer.Option("--trial", min=0, help="Default: the fastest of the front within --max-map-drop."),
     ] = None,
-    max_map_drop: MaxMapDrop = None,
+    max_map_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-map-drop",
+            min=0.0,
+            help="AP points that it may lose, measured and likely. Default: 1.0. Not with --trial.",
+        ),
+    ] = None,
     storage: Storage = DEFAULT_STORAGE,
     data: Data = None,
     checkpoint: Checkpoint = None,
@@ -58,6 +64,9 @@ def finish(
     from search.study import load_study
     from spaces.errors import InputError
 
+    if trial is not None and max_map_drop is not None:
+        remedy = f"chooses a trial, and --trial {trial} is one; keep one of the two"
+        raise InputError("--max-map-drop", max_map_drop, remedy)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError("--output", str(output), "is there already; name a new folder")
     require_place("--output", output)

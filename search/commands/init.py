@@ -57,15 +57,35 @@ def init(
         Path | None,
         typer.Option("--checkpoint", help="Weights of the base: a file, or COCO_V1.", metavar="FILE"),
     ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size", help="Of the input, pixels: SIDE or HEIGHTxWIDTH. Default: the detector's usual one."
+        ),
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", help="Annotations that train and calibrate.", metavar="NAME")
+    ] = None,
+    select: Annotated[
+        str | None, typer.Option("--select", help="Annotations that choose.", metavar="NAME")
+    ] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", help="Annotations for the final figures.", metavar="NAME")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", help="Default: MODEL_DATA.yaml here.", metavar="FILE")
     ] = None,
 ) -> int:
-    """Look at a data set (COCO or YOLO layout) and write a configuration that searches on it."""
+    """Look at a data set (COCO or YOLO layout) and write a configuration that searches on it.
+
+    Annotations are found by their usual names, such as train and val; --fit, --select and --report name
+    others.
+    """
     from evaluators.datasets.base import DataConfig, load_splits
     from evaluators.datasets.coco import annotation_files
     from spaces.activations import COSTLY
     from spaces.blocks import blocks_of
+    from spaces.detectors.own import built
     from spaces.detectors.published import weights_file
     from spaces.detectors.registry import make_detector
     from spaces.detectors.weights import load_weights
@@ -82,25 +102,26 @@ def init(
     if not file.parent.is_dir():
         raise InputError("--output", str(file), "its folder is missing")
     require_place("--output", file)
+    shape = None if size is None else _size(size)
     if ":" not in model:
-        make_detector(model, num_classes=1)  # an unknown name is refused before much is read
-    splits = load_splits(DataConfig(root=root))
+        make_detector(model, 1, shape)  # an unknown name is refused before much is read
+    splits = load_splits(DataConfig(root=root, fit=fit, select=select, report=report))
     for role, split in splits.items():
         say(f"{role}: {len(split.images)} images, {len(split.annotations)} boxes ({split.name})")
-    fit = splits["fit"]
-    detector = make_detector(model, len(fit.categories))
+    trains = splits["fit"]
+    detector = make_detector(model, len(trains.categories), shape)
     tell_licence(model)
-    network = detector.build()
+    network = built(model, detector)
     if checkpoint is not None:
         weights = weights_file(model, checkpoint.expanduser())
-        load_weights(network, weights, detector, fit.categories)
+        load_weights(network, weights, detector, trains.categories)
         checkpoint = checkpoint if weights != checkpoint.expanduser() else weights.absolute()
     costly = any(type(module) in COSTLY for module in network.modules())
     facts = trace_layers(network, detector.preprocess.size)
     gates = gate_sites(blocks_of(detector, network.eval(), facts))
     asked = {"activate": costly, "gate": bool(gates), "proposals": bool(proposal_sites(network, facts))}
     methods = ["prune", "quantize", *(kind for kind, there in asked.items() if there), "topk"]
-    names = [category.name for category in fit.categories]
+    names = [category.name for category in trains.categories]
     height, width = detector.preprocess.size
     text = _TEMPLATE.format(
         model=model,
@@ -115,9 +136,9 @@ def init(
         methods=", ".join(methods),
         others=", ".join(kind for kind in METHODS if kind not in methods),
         format="coco" if annotation_files(root) else "yolo",
-        fit=_quoted(fit.whole) if fit.whole else _described(fit),
+        fit=_quoted(trains.whole) if trains.whole else _described(trains),
         select=f"\n  select_fraction: 0.2   # of fit: {len(splits['select'].images)} images, to choose by"
-        if fit.whole
+        if trains.whole
         else f"\n  select: {_described(splits['select'])}",
         report=f"{_described(splits['report'])}, only for the final figures",
         workers=_workers(),
@@ -139,6 +160,16 @@ def _quoted(text: str) -> str:
     import yaml
 
     return str(yaml.safe_dump(text, width=10_000)).split("\n")[0]
+
+
+def _size(text: str) -> tuple[int, int]:
+    """Height and width of `320` or `256x320`."""
+    from spaces.errors import InputError
+
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise InputError("--size", text, "write it as SIDE or HEIGHTxWIDTH, such as 320 or 256x320")
+    return int(sides[0]), int(sides[-1])
 
 
 def _slug(text: str) -> str:

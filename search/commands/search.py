@@ -55,7 +55,10 @@ def search(
     ] = None,
     seeds: Annotated[
         bool | None,
-        typer.Option("--seeds/--no-seeds", help="Begin with solutions over measured sensitivities, or not."),
+        typer.Option(
+            "--seeds/--no-seeds",
+            help="Begin with solutions over measured sensitivities, or not; front always does.",
+        ),
     ] = None,
     rungs: Annotated[
         bool | None,

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,11 +46,43 @@ def own_detector(name: str, num_classes: int, size: tuple[int, int] | None) -> D
     except TypeError as error:
         wanted = "name, num_classes" + ("" if size is None else ", size")
         raise InputError("model", name, f"must take the keywords {wanted} ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise InputError("model", name, f"cannot be made ({_cause(error)})") from error
     missing = [member for member in MEMBERS if not hasattr(detector, member)]
     if missing:
         raise InputError("model", name, f"is no Detector; it lacks {', '.join(missing)}")
     found: Detector = detector
     return found
+
+
+def built(name: str, detector: Detector) -> nn.Module:
+    """The network of a detector; a user's is run once.
+
+    Args:
+        name: of the detector, as in a configuration.
+        detector: of that name.
+
+    Raises:
+        InputError: a user's network cannot be built or fails, with the place in the user's file.
+    """
+    if ":" not in name:
+        return detector.build()
+    try:
+        network = detector.build()
+    except InputError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise InputError("model", name, f"its build() fails ({_cause(error)})") from error
+    require_runs(name, detector, deepcopy(network).eval())
+    return network
+
+
+def _cause(error: Exception) -> str:
+    """What was raised, and where in the user's file."""
+    said = str(error).splitlines()[0] if str(error) else ""
+    return f"{type(error).__name__}: {said}; {own_place(''.join(traceback.format_exception(error)))}"
 
 
 def require_runs(name: str, detector: Detector, network: nn.Module) -> None:
@@ -64,10 +97,7 @@ def require_runs(name: str, detector: Detector, network: nn.Module) -> None:
         with torch.no_grad():
             outputs = network(torch.zeros(1, 3, height, width))
     except Exception as error:  # whatever the user's code raises
-        cause = str(error).splitlines()[0] if str(error) else ""
-        where = own_place("".join(traceback.format_exception(error)))
-        remedy = f"its network fails on an input of {at} ({type(error).__name__}: {cause}; {where})"
-        raise InputError("model", name, remedy) from error
+        raise InputError("model", name, f"its network fails on an input of {at} ({_cause(error)})") from error
     if not isinstance(outputs, tuple) or not all(isinstance(one, torch.Tensor) for one in outputs):
         returned = type(outputs).__name__
         raise InputError("model", name, f"its network must return a tuple of tensors, not a {returned}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from spaces.detectors.base import Detector, Labels
-from spaces.detectors.own import located, require_runs
+from spaces.detectors.own import built, located, require_runs
 from spaces.detectors.registry import make_detector
 from spaces.errors import InputError
 from spaces.testing import DetectorContract, noise
@@ -138,6 +138,31 @@ def test_a_network_that_does_not_run_is_refused_with_the_place() -> None:
         require_runs("mine.py:Mine", detector, Failing())
     with pytest.raises(InputError, match="must return a tuple of tensors, not a list"):
         require_runs("mine.py:Mine", detector, Listing())
+
+
+class Breaking(ToyDetector):
+    def build(self) -> torch.nn.Module:
+        raise AttributeError("no such thing")
+
+
+class Wrong(ToyDetector):
+    def build(self) -> torch.nn.Module:
+        return Listing()
+
+
+def test_what_a_users_build_raises_is_said_with_the_place() -> None:
+    with pytest.raises(InputError, match=r"build\(\) fails \(AttributeError: no such thing; .*in build"):
+        built("mine.py:Mine", Breaking())
+    with pytest.raises(InputError, match="must return a tuple of tensors"):
+        built("mine.py:Mine", Wrong())
+    assert built("mine.py:Mine", ToyDetector()).training, "as build() left it"
+
+
+def test_what_a_users_constructor_raises_is_said_with_the_place(tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text("class Mine:\n    def __init__(self, name, num_classes):\n        {}['x']\n")
+    with pytest.raises(InputError, match=r"cannot be made \(KeyError: 'x'; .*broken.py, line 3"):
+        make_detector(f"{file}:Mine", 3)
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:
