@@ -313,6 +313,7 @@ class Bench:
             "detector": self.detector.name,
             "input size": "x".join(map(str, look.size)) + (" stretched" if look.fit == "stretch" else ""),
             "base weights": self.weights_hash,
+            **({"preprocess": look.model_dump_json()} if ":" in config.model else {}),
             **{f"data {role}": split.fingerprint()[:12] for role, split in self.splits.items()},
             "space": ", ".join(config.space.methods)
             + f" by {config.space.granularity} {self.space.summary()}"

@@ -45,8 +45,11 @@ def taylor_scores(
         images: of the fit role.
 
     Returns:
-        `(channels,)` float64 by normalisation layer.
+        `(channels,)` float64 by normalisation layer; empty for a network without any, whose channels are
+        then judged by magnitude.
     """
+    if not _norms(network):
+        return {}
     network = copy.deepcopy(network).eval()  # running statistics, as when it serves
     for parameter in network.parameters():
         parameter.requires_grad_(False)
@@ -62,7 +65,8 @@ def taylor_scores(
             loss = detector.loss(outputs, [images.labels(int(k)) for k in indices])
             for norm in norms.values():  # not by network.zero_grad: the weights of frozen ones are buffers
                 norm.weight.grad = norm.bias.grad = None
-            loss.backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:  # else no norm is on the way to it
+                loss.backward()  # type: ignore[no-untyped-call]
         for name, norm in norms.items():
             if norm.weight.grad is None or norm.bias.grad is None:
                 continue

@@ -36,7 +36,9 @@ def recalibrate_norms(
     So do the statistics of the norms in `kept`.
     """
     count = min(limit, len(images))
-    chunks = [np.arange(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    chunks = np.split(np.arange(count), range(batch_size, count, batch_size))
+    if len(chunks) > 1 and len(chunks[-1]) == 1:  # a norm behind a global pool has no variance of one image
+        chunks[-2:] = [np.concatenate(chunks[-2:])]
     measure_norms(network, (batch_of(images, detector, chunk, mirrored=False) for chunk in chunks), kept)
 
 

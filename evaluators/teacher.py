@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -48,7 +49,10 @@ class TeacherOutputs:
     ) -> None:
         self._network, self._detector, self._images = network, detector, images
         self._slot = slot
-        shapes = [tuple(output.shape[1:]) for output in self._forward(np.array([0]), False)]
+        first = self._forward(np.array([0]), False)
+        shapes = [tuple(output.shape[1:]) for output in first]
+        # Weights and data alone do not tell: the code of a user's detector may change, or its preprocessing.
+        key += "-" + hashlib.sha256(b"".join(output.numpy().tobytes() for output in first)).hexdigest()[:8]
         views = 2 if mirrored else 1
         megabytes = views * len(images) * sum(int(np.prod(shape)) for shape in shapes) * 2 / 1e6
         self._maps: list[NDArray[np.float16]] | None = None

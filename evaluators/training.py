@@ -26,6 +26,7 @@ from evaluators.augment import Augment, augmented
 from evaluators.blind_taps import BlindTaps
 from evaluators.datasets.letterbox import LetterboxedImages, network_input
 from spaces.detectors.base import Detector, Labels
+from spaces.detectors.layout import takes_channels_last
 from spaces.errors import InputError
 
 
@@ -114,7 +115,10 @@ def train(
         InputError: the checkpoint belongs to another plan, network, start or other images.
         FloatingPointError: the loss is no longer finite.
     """
-    network.to(memory_format=torch.channels_last)  # a fifth less time a step on CPU
+    layout = torch.contiguous_format
+    if takes_channels_last(network, detector.preprocess.size):
+        layout = torch.channels_last  # a fifth less time a step on CPU
+    network.to(memory_format=layout)
     steps = max(1, len(images) // plan.batch_size)
     average = deepcopy(network).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(_groups(network, plan.weight_decay), lr=plan.learning_rate)
@@ -136,7 +140,7 @@ def train(
             at = epoch * steps + step
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(plan, at / steps)
-            batch = batch.to(device, memory_format=torch.channels_last)
+            batch = batch.to(device, memory_format=layout)
             with torch.autocast(device.type, torch.bfloat16, enabled=plan.precision == "bfloat16"):
                 outputs = network(batch)
             loss = detector.loss(tuple(output.float() for output in outputs), labels)

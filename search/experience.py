@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
+from search.judge import reference_of
 from search.knowledge import Finished, Positions, figures_of
 from search.loss_model import LossModel, fit_loss
-from search.trials import rung_maps
+from search.trials import evaluation_of, rung_maps
 from spaces.table import Options
 
 FEW = 3
@@ -32,6 +33,7 @@ class Experience:
         stopped_at: the same of each of them; the last rung is where it was stopped.
         pending: positions `(K, P)` of the trials that run now, or were interrupted and will go on.
         taken: positions of all of these as bytes, so that nothing is proposed twice.
+        reference: mAP that losses count from: the base's, trained further where that gains; None without it.
     """
 
     finished: Finished
@@ -40,6 +42,7 @@ class Experience:
     stopped_at: Sequence[dict[int, float]]
     pending: Options
     taken: frozenset[bytes]
+    reference: float | None = None
 
     def expected_maps(self, base_map: float) -> NDArray[np.float64]:
         """mAP `(S,)` that the stopped trials would have ended with.
@@ -73,7 +76,7 @@ def believed_loss(
         experience: with at least one finished trial.
     """
     finished = experience.finished
-    base_map = float(finished.map[~finished.options.any(axis=1)].max(initial=finished.map.max()))
+    base_map = float(finished.map.max()) if experience.reference is None else experience.reference
     expected = experience.expected_maps(base_map)
     known = Finished(
         np.concatenate([finished.options, experience.stopped]),
@@ -88,6 +91,7 @@ def believed_loss(
 class _Read:
     options: NDArray[np.int64]
     figures: tuple[float, float] | None
+    reference: float | None
     rungs: dict[int, float]
 
 
@@ -128,6 +132,7 @@ class ExperienceReader:
             stopped_at=[read.rungs for read in stopped],
             pending=self._stacked(pending),
             taken=frozenset(taken),
+            reference=next((read.reference for read in finished if read.reference is not None), None),
         )
 
     def _stacked(self, read: list[_Read]) -> Options:
@@ -140,7 +145,10 @@ class ExperienceReader:
         read = None
         if trial.state != TrialState.FAIL and set(trial.params) == self._names:
             options = self._table.options([trial.params])[0]
-            read = _Read(options, figures_of(trial), rung_maps(trial))
+            figures = figures_of(trial)
+            base = evaluation_of(trial) if figures is not None and not options.any() else None
+            reference = None if base is None else reference_of(base).metrics["map"].value
+            read = _Read(options, figures, reference, rung_maps(trial))
         if trial.state.is_finished():
             self._known[trial._trial_id] = read
         return read

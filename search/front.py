@@ -87,6 +87,8 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
         n: _row(study, trials[n], evaluations[n], final, role, n == number, scale) for n in {*chosen, number}
     }
     remarks = _remarks(base_evaluation, role, chosen, final)
+    if not chosen:
+        remarks.append("no trial keeps the limits; the base is shown")
     if role == "select":
         likely = expected_differences(study, trials, chosen)
         rows = {n: replace(row, likely=None if row.is_base else likely.get(n)) for n, row in rows.items()}

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from evaluators.jobs import Job
 from search.study import SearchStudy
 from spaces.recipe import Recipe, told_by_ap
-from spaces.space import SearchSpace, Value
+from spaces.space import SearchSpace, Value, position_in
 from spaces.table import Options, SpaceTable
 
 JOB = "sensitivity"
@@ -42,9 +42,9 @@ class Sensitivity:
     damage: NDArray[np.float64]
 
     def options(self, params: Sequence[Mapping[str, Any]]) -> Options:
-        """Positions `(N, P)` of the values of N sets of parameters."""
+        """Positions `(N, P)` of the values of N sets of parameters. Raises ValueError for another value."""
         rows = [
-            [own.index(one[name]) for name, own in zip(self.names, self.values, strict=True)]
+            [position_in(own, one[name]) for name, own in zip(self.names, self.values, strict=True)]
             for one in params
         ]
         return np.array(rows, np.int64).reshape(len(params), len(self.names))

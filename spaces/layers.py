@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +24,7 @@ class LayerFacts:
         bias: whether it has one.
         read, written: height and width of what it reads and writes (a linear layer: rows, 1; several calls
             or regions: all their positions, 1).
+        replaceable: whether another module may take its place.
     """
 
     name: str
@@ -34,6 +36,7 @@ class LayerFacts:
     bias: bool
     read: tuple[int, int] = (1, 1)
     written: tuple[int, int] = (1, 1)
+    replaceable: bool = True
 
     @property
     def depthwise(self) -> bool:
@@ -61,10 +64,11 @@ def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFa
         size: height and width of the input in pixels.
     """
     found: dict[str, LayerFacts] = {}
+    fixed = _fixed(network)
 
     def record(name: str) -> object:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            facts = _facts(name, module, inputs[0], output)
+            facts = replace(_facts(name, module, inputs[0], output), replaceable=name not in fixed)
             found[name] = _both(found[name], facts) if name in found else facts
 
         return hook
@@ -83,6 +87,21 @@ def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFa
         for handle in handles:
             handle.remove()
     return found
+
+
+READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Compute with the weights of their layers, past the layers."""
+
+
+def _fixed(network: nn.Module) -> set[str]:
+    """Layers that stay what they are: under two names, or read by the module that they are in."""
+    count = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
+    named = dict(network.named_modules())
+    return {
+        name
+        for name, module in named.items()
+        if count[id(module)] > 1 or isinstance(named[name.rpartition(".")[0]], READ_BY_PARENT)
+    }
 
 
 def count_macs(network: nn.Module, size: tuple[int, int]) -> int:

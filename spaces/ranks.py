@@ -40,7 +40,7 @@ class Geometry:
         kernel: height x width of the kernel; 1 means two factors (SVD), more means three (Tucker-2).
         positions: output height x width.
         read: input height x width.
-        dense: True where a layer has one group.
+        dense: True where a layer has one group and another module may take its place.
     """
 
     kernel: Numbers
@@ -55,7 +55,7 @@ class Geometry:
             np.array([math.prod(layer.kernel) for layer in facts], float),
             np.array([layer.positions for layer in facts], float),
             np.array([math.prod(layer.read) for layer in facts], float),
-            np.array([layer.groups == 1 for layer in facts], bool),
+            np.array([layer.groups == 1 and layer.replaceable for layer in facts], bool),
         )
 
     def at(self, layers: NDArray[np.int64]) -> Geometry:

@@ -86,14 +86,27 @@ class Parameter:
 
     def option(self, value: Value) -> int:
         """Position of a value. Raises InputError if it is none of the parameter's."""
-        for position, known in enumerate(self.values):
-            if isinstance(known, str) or isinstance(value, str):
-                if known == value:
-                    return position
-            elif abs(known - value) < 1e-4:
-                return position
+        try:
+            return position_in(self.values, value)
+        except ValueError:
+            pass
         shown = ", ".join(v if isinstance(v, str) else f"{v:g}" for v in self.values)
         raise InputError(self.name, value, f"choose one of {shown}")
+
+
+def position_in(values: Sequence[Value], value: Value) -> int:
+    """Where a value stands; numbers may be off by rounding, as those that samplers compute are.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    for position, known in enumerate(values):
+        if isinstance(known, str) or isinstance(value, str):
+            if known == value:
+                return position
+        elif abs(known - value) < 1e-4:
+            return position
+    raise ValueError(f"{value} is none of {values}")
 
 
 class SearchSpace:

@@ -160,10 +160,30 @@ def _divide(whole: DetectionSplit, fraction: float, seed: int) -> tuple[Detectio
         return hashlib.sha256(f"{seed}:{image.path.name}:{image.id}".encode()).hexdigest()
 
     count = min(max(round(len(whole.images) * fraction), 1), len(whole.images) - 1)
-    chosen = {image.id for image in sorted(whole.images, key=rank)[:count]}
+    ordered = sorted(whole.images, key=rank)
+    chosen = {image.id for image in _with_objects_on_both_sides(whole, ordered, count)[:count]}
     label = f"{whole.name}[{{}}, {fraction:.0%} to select by seed {seed}]"
     fit = whole.part("fit", label.format("fit"), lambda image: image.id not in chosen)
     return fit, whole.part("select", label.format("select"), lambda image: image.id in chosen)
+
+
+def _with_objects_on_both_sides(
+    whole: DetectionSplit, ordered: list[ImageRecord], count: int
+) -> list[ImageRecord]:
+    """The images in an order whose first `count` and whose others have objects, as far as there are any.
+
+    Only where few images have some does it differ from the order given.
+    """
+    objects = {one["image_id"] for one in whole.annotations}
+    there = [k for k, image in enumerate(ordered) if image.id in objects]
+    if len(there) < 2:
+        return ordered
+    changed = list(ordered)
+    if there[0] >= count:  # none in the first part
+        changed[count - 1], changed[there[0]] = ordered[there[0]], ordered[count - 1]
+    elif there[-1] < count:
+        changed[count], changed[there[-1]] = ordered[there[-1]], ordered[count]
+    return changed
 
 
 def _check_together(config: DataConfig, splits: Mapping[str, DetectionSplit]) -> None:

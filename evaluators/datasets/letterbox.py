@@ -156,7 +156,11 @@ def decode(image: ImageRecord) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(image.path) as file:
-            pixels = np.asarray(file.convert("RGB"))
+            if file.mode.startswith("I;16"):  # PIL would cut all but the darkest 256 of 65536 shades off
+                grey = (np.asarray(file) // 257).astype(np.uint8)
+                pixels = np.repeat(grey[:, :, None], 3, axis=2)
+            else:
+                pixels = np.asarray(file.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(

@@ -265,12 +265,19 @@ def _finale(settings: SearchConfig, bench: Bench, study: SearchStudy, storage: s
         return 130
     front = front_of(study)
     print_front(study, front, Path("runs") / study.name)
+    place = [] if storage == DEFAULT_STORAGE else ["--storage", storage]
+    if not front.rows:
+        limits = (f"{name} {sign} {bound:g}" for name, (sign, bound) in settings.problem.limits.items())
+        say(f"No trial keeps the limits ({', '.join(limits)}). See in a browser how near they came:")
+        say(f"  {command('dashboard', *place)}")
+        say("Loosen the limits in the configuration under another name, or search on:")
+        say(f"  {same_again('search', trials=2 * settings.search.trials)}")
+        return 0
     try:
         _, drop = settings.problem.limits.get("map_drop", ("<=", 1.0))
         number = best_within(front, min(drop, 1.0)).number
     except InputError:  # nothing loses so little
         number = front.rows[0].number
-    place = [] if storage == DEFAULT_STORAGE else ["--storage", storage]
     take = ("--trial", str(number), "--output", f"{study.name}-{number}")
     say("")
     say("Look at every trial in a browser:")

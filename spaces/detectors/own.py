@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from spaces.detectors.base import Detector
+from spaces.detectors.layout import keep_channels_first, takes_channels_last
 from spaces.errors import InputError, own_place
 
 MEMBERS = (*Detector.__annotations__, *(name for name in vars(Detector) if not name.startswith("_")))
@@ -76,6 +77,8 @@ def built(name: str, detector: Detector) -> nn.Module:
     except Exception as error:  # whatever the user's code raises
         raise InputError("model", name, f"its build() fails ({_cause(error)})") from error
     require_runs(name, detector, deepcopy(network).eval())
+    if not takes_channels_last(network, detector.preprocess.size):
+        keep_channels_first(network)
     return network
 
 

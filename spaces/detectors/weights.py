@@ -60,6 +60,7 @@ def load_weights(
             weights = with_classes_of(weights, expected, detector, categories, start)
         except InputError as error:
             raise InputError(error.field, str(path), error.remedy) from None
+    weights = _under_all_names(weights, expected)
     missing = sorted(k for k in expected.keys() - weights.keys() if not k.endswith("num_batches_tracked"))
     unknown = sorted(weights.keys() - expected.keys())
     if missing or unknown:
@@ -75,6 +76,16 @@ def load_weights(
     network.load_state_dict({**expected, **weights})
 
 
+def _under_all_names(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that a network has under several names, of which files may hold one."""
+    by_place: dict[tuple[int, torch.Size], str] = {}
+    for name in expected.keys() & weights.keys():
+        by_place[expected[name].data_ptr(), expected[name].shape] = name
+    places = {name: (value.data_ptr(), value.shape) for name, value in expected.items() if value.numel()}
+    same = {name: by_place[at] for name, at in places.items() if name not in weights and at in by_place}
+    return weights | {name: weights[other] for name, other in same.items()}
+
+
 def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
     """Write the weights as safetensors, whole or not at all, floating point as `dtype` where one is given."""
     tensors = {
@@ -85,7 +96,15 @@ def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = Non
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write contiguous tensors as safetensors, whole or not at all."""
+    """Write contiguous tensors as safetensors, whole or not at all.
+
+    What a network has under two names, a layer that two heads share, is written under both.
+    """
+    seen: set[int] = set()
+    for name, value in tensors.items():  # safetensors refuses tensors that share memory
+        if value.data_ptr() in seen:
+            tensors = tensors | {name: value.clone()}
+        seen.add(value.data_ptr())
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -88,6 +88,16 @@ def test_select_is_a_stable_share_of_train_where_it_is_not_given(tmp_path: Path)
     assert len(half["select"].images) == 25
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_images_with_objects_are_on_both_sides_where_there_are_two(tmp_path: Path, seed: int) -> None:
+    few = document(count=10)
+    few["annotations"] = few["annotations"][3:5]
+    config = write(tmp_path, train=few, val=document(first_image=11)).model_copy(update={"seed": seed})
+    splits = load_splits(config)
+    assert [len(splits[role].images) for role in ("fit", "select")] == [8, 2]
+    assert [len(splits[role].annotations) for role in ("fit", "select")] == [1, 1]
+
+
 def test_a_share_of_fit_judges_beside_the_annotations_of_select(tmp_path: Path) -> None:
     config = write(tmp_path, train=document(1, 10), select=document(11), val=document(13))
     assert len(load_splits(config)["fit"].images) == 10

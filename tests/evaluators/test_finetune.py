@@ -199,3 +199,13 @@ def test_the_precision_follows_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert FineTunePlan().runs_in == runs_in
         assert FineTunePlan(precision="bfloat16").runs_in == "bfloat16"
         assert FineTunePlan(precision="float32").runs_in == "float32"
+
+
+def test_a_last_image_alone_joins_the_batch_before(
+    digits_detector: Detector, fit_images: LetterboxedImages
+) -> None:
+    """A norm behind a global pool has one value a channel of it, and no variance."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))
+    recalibrate_norms(network, digits_detector, fit_images, batch_size=4, limit=9)
+    assert int(network[2].num_batches_tracked) == 2
+    assert not network.training

@@ -87,3 +87,10 @@ def test_dead_channels_score_0_and_the_base_is_left_alone(
     assert scores.keys() == norms
     assert same_state(network.state_dict(), before)
     assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
+
+
+def test_a_network_without_norms_has_no_scores(fit_images: LetterboxedImages, slot: QuietSlot) -> None:
+    """Its channels are judged by magnitude then."""
+    network = nn.Conv2d(3, 4, 1)
+    assert taylor_scores(network, SMOOTH, fit_images, slot, batches=1, batch_size=2) == {}
+    assert not any(p.grad is not None for p in network.parameters())

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from evaluators.datasets.letterbox import LetterboxedImages, letterbox, network_input
+from evaluators.datasets.letterbox import LetterboxedImages, decode, letterbox, network_input
 from evaluators.datasets.split import DetectionSplit, ImageRecord, checked_split
 from spaces.detectors.base import Category, Preprocess
 from spaces.errors import InputError
@@ -215,6 +215,13 @@ def test_an_image_of_another_size_or_none_at_all_is_named(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"1.png': cannot be decoded"):
         LetterboxedImages.build(split, (32, 32), 0, cache)
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_sixteen_bits_of_grey_become_eight(tmp_path: Path) -> None:
+    path = tmp_path / "1.png"
+    Image.fromarray(np.full((30, 40), 128 * 257, np.uint16)).save(path)
+    assert Image.open(path).mode == "I;16"
+    assert (decode(ImageRecord(10, path, 40, 30)) == 128).all()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])

@@ -60,8 +60,23 @@ def test_they_are_computed_once(
     assert made("one") == shapes_only
     assert made("other") == shapes_only + batches
     assert made("one", mirrored=True) == shapes_only + 2 * batches
-    (tmp_path / "teacher-one-1" / "done.json").unlink()  # as after a kill while computing
+    (stored,) = tmp_path.glob("teacher-one-*-1")
+    (stored / "done.json").unlink()  # as after a kill while computing
     assert made("one") == shapes_only + batches
+
+
+def test_outputs_of_other_code_are_not_taken_for_these(
+    digits_base: nn.Module, digits_detector: Detector, fit_images: LetterboxedImages, tmp_path: Path
+) -> None:
+    """Same weights, data and key; what the network computes of them, or is fed, has changed."""
+
+    def doubled(images: torch.Tensor) -> Outputs:
+        return tuple(2 * output for output in digits_base(images))
+
+    first = TeacherOutputs(digits_base, digits_detector, fit_images, tmp_path, "key", False)
+    other = TeacherOutputs(doubled, digits_detector, fit_images, tmp_path, "key", False)  # type: ignore[arg-type]
+    for one, two in zip(first(SOME, False), other(SOME, False), strict=True):
+        torch.testing.assert_close(2 * one, two, rtol=2**-9, atol=1e-2)
 
 
 def test_too_many_run_live(

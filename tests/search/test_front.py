@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from optuna.trial import TrialState, create_trial
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.ranking import Problem
 from search.commands.finish import _stored_map
+from search.commands.search import _finale
 from search.front import FINAL, best_within, front_of, write_pictures
 from search.judge import ProblemJudge, gain_of_training_further, reference_of
 from search.report import front_caption, front_cells
@@ -29,8 +31,15 @@ def measured(**values: float) -> Evaluation:
     return Evaluation(recipe_key="k", status="ok", metrics=metrics, split="/data/select.json")
 
 
-def add(study: SearchStudy, params: dict[str, float], ap: float, ratio: float, **more: float) -> None:
-    """A finished trial; the reference base takes 10 ms."""
+def add(
+    study: SearchStudy,
+    params: dict[str, float],
+    ap: float,
+    ratio: float,
+    excess: float | None = None,
+    **more: float,
+) -> None:
+    """A finished trial, by how much it exceeded its limit; the reference base takes 10 ms."""
     figures = {"map": ap, "latency_ratio": ratio, "latency_ms": 10 * ratio, "size_mb": 4.0, "params": 1000.0}
     evaluation = measured(**figures, **more)
     recipe: Recipe = PARTS.to_recipe(params)
@@ -40,6 +49,7 @@ def add(study: SearchStudy, params: dict[str, float], ap: float, ratio: float, *
             distributions=dict(PARTS.distributions),
             values=[ap, 10 * ratio],
             user_attrs={RECIPE: recipe.to_json(), EVALUATION: json.dumps(evaluation.model_dump())},
+            system_attrs={} if excess is None else {"constraints": [excess]},
         )
     )
 
@@ -198,3 +208,21 @@ def test_pictures_are_written_whole(study: SearchStudy, tmp_path: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "Title" in page.read_text()
     assert sorted(file.name for file in png.parent.iterdir()) == ["front.html", "front.png"]
+
+
+def test_a_search_in_which_no_trial_keeps_the_limits_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    study = toy_study(tmp_path)
+    for params, quality, ratio in (({"a": 0.0, "b": 0.0}, 60.0, 1.0), ({"a": 0.25, "b": 0.0}, 59.0, 0.8)):
+        add(study, params, quality, ratio, excess=0.5)
+    problem = Problem.read({"limits": {"latency_ms": ("<=", 5.0)}})
+    settings = SimpleNamespace(problem=problem, search=SimpleNamespace(trials=2), seed=0)
+    assert _finale(settings, None, study, "sqlite:///other.db") == 0  # type: ignore[arg-type]
+    said = capsys.readouterr().out
+    assert "No trial keeps the limits (latency_ms <= 5)." in said
+    assert "dashboard --storage sqlite:///other.db" in said
+    assert "finish" not in said
+    assert "no trial keeps the limits" in front_of(study).remarks[0]
+    assert front_of(study, problem).rows == []

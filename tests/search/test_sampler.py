@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.latency_model import fit_latency
 from evaluators.ranking import hypervolume
-from search.experience import Experience, ExperienceReader
+from search.experience import Experience, ExperienceReader, believed_loss
 from search.knowledge import Finished, LatencyLearner, finished_trials
 from search.sampler import FrontSampler
 from search.seeds import uniform_starts
@@ -225,3 +225,34 @@ def test_running_trials_are_not_proposed_again() -> None:
     )  # interrupted
     experience = ExperienceReader(problem.table).read(study.get_trials())
     assert (experience.pending == problem.table.options([t.params for t in running])).all()
+
+
+def test_losses_count_from_the_base_and_not_from_the_luckiest_trial() -> None:
+    table = toy_table()
+    damage, identity = random_damage(table, 0), np.zeros(len(table.sizes), np.int64)
+
+    def add(
+        study: optuna.Study, options: NDArray[np.int64], quality: float, further: float | None = None
+    ) -> float:
+        metrics = {
+            "map": Measurement(value=quality, unit="AP"),
+            "latency_ratio": Measurement(value=0.9, unit="ratio"),
+        }
+        if further is not None:
+            metrics["map_trained_further"] = Measurement(value=further, unit="AP")
+        evaluation = Evaluation(recipe_key="x", status="ok", metrics=metrics)
+        study.add_trial(
+            optuna.trial.create_trial(
+                values=[quality, 0.9],
+                params=table.params(options),
+                distributions=table.space.distributions(),
+                user_attrs={"evaluation": evaluation.model_dump_json()},
+            )
+        )
+        return believed_loss(table, damage, ExperienceReader(table).read(study.get_trials()))[1]
+
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    assert add(study, identity + 1, 33.0) == 33.0, "there is no base yet"
+    assert add(study, identity, 30.0) == 30.0
+    gaining = optuna.create_study(directions=["maximize", "minimize"])
+    assert add(gaining, identity, 30.0, further=31.0) == 31.0

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.sensitivity import damage_table, sensitivity_jobs, single_changes
+from search.sensitivity import Sensitivity, damage_table, sensitivity_jobs, single_changes
 from tests.search.toy_space import toy_table
 
 
@@ -52,3 +52,11 @@ def test_what_was_not_measured_is_never_proposed() -> None:
     damage = damage_table(table, [])
     assert (damage[:, 0] == 0).all()
     assert np.isinf(damage[:, 1:]).all()
+
+
+def test_values_that_a_sampler_computed_are_found() -> None:
+    """Optuna's steps of 0.2 reach 0.6000000000000001."""
+    known = Sensitivity(["a"], ((0.0, 0.2, 0.4, 0.6),), np.zeros((1, 4)))
+    assert known.options([{"a": 3 * 0.2}]).tolist() == [[3]]
+    with pytest.raises(ValueError, match=r"0.5 is none of"):
+        known.options([{"a": 0.5}])

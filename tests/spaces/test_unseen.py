@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,12 @@ from evaluators.postprocess import WholeDetector
 from evaluators.targets.base import Target
 from evaluators.targets.registry import target_named
 from spaces.apply import apply
+from spaces.capabilities import Capabilities
 from spaces.detectors.base import Category, Outputs, Postprocess
 from spaces.detectors.folding import folded
+from spaces.detectors.layout import takes_channels_last
+from spaces.detectors.own import built
+from spaces.methods.factorize import Factorization
 from spaces.recipe import Prune, Recipe
 from spaces.sites import find_sites
 from tests.spaces.toy import ToyDetector
@@ -256,3 +261,59 @@ def test_every_bit_width_is_exported_and_runs(detector: Unseen, engine: str, tmp
             written = target.write(whole, dict.fromkeys(layers, width), ranges, tmp_path / str(width))
         found = target.prepare(written.model, 1, written.hint).run(images.numpy()).scores
         np.testing.assert_allclose(found[:1], wanted[:1], atol=1e-4 if width == 32 else 0.05)
+
+
+class Tied(nn.Module):
+    """A layer under two names, and a transformer's, which reads the weights of its layers itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.t1, self.b, self.out = conv(3, 64), conv(64, 64), conv(64, 64), conv(64, 4, 1)
+        self.t2 = self.t1
+        self.body = nn.TransformerEncoderLayer(64, 2, 128, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Outputs:
+        a = self.t2(self.b(self.t1(self.a(x).relu()).relu()).relu()).relu()
+        rows = self.body(a.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return (self.out(rows.reshape(a.shape)),)
+
+
+def test_layers_that_cannot_be_replaced_keep_their_rank() -> None:
+    detector = ToyDetector()
+    sites = find_sites(detector, Tied().eval())
+    ranks = Factorization().options(sites, Capabilities(bit_widths=(32,), channel_granule=8))
+    layers = {layer for site in ranks for layer in sites.layer[site].layers}
+    assert "b" in layers
+    assert not layers & {"t1", "t2", "body.linear1", "body.linear2"}
+
+
+class Flat(nn.Module):
+    """A context vector out of all positions: `view` needs channels first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.squeeze, self.out = conv(3, 16), conv(16, 2, 1), conv(16, 4, 1)
+        self.gate = nn.Linear(2 * 16 * 16, 16)
+
+    def forward(self, x: Tensor) -> Outputs:
+        a = self.a(x)
+        gate = self.gate(self.squeeze(a).view(len(a), -1)).sigmoid()
+        return (self.out(a * gate[:, :, None, None]),)
+
+
+class FlatDetector(ToyDetector):
+    def build(self) -> nn.Module:
+        return Flat()
+
+
+def test_a_network_that_needs_channels_first_gets_them() -> None:
+    images = torch.randn(2, 3, 16, 16)
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert takes_channels_last(ToyDetector().build(), (16, 16))
+    assert not takes_channels_last(Flat(), (16, 16))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        Flat()(last)
+    network = built("mine.py:Mine", FlatDetector())
+    assert torch.equal(network(last)[0], network(images)[0])
+    again = copy.deepcopy(network)  # as candidates are made
+    assert torch.equal(again(last)[0], network(images)[0])

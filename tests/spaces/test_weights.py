@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spaces.detectors.registry import make_detector
@@ -105,3 +106,26 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) ->
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         load_weights(network(), tmp_path / "nowhere.pth")
+
+
+class Tied(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.second = self.first
+
+
+@pytest.mark.parametrize("kept", [("first", "second"), ("first",), ("second",)])
+def test_a_layer_under_two_names_is_saved_and_loads_from_either(
+    tmp_path: Path, kept: tuple[str, ...]
+) -> None:
+    one, other = Tied(), Tied()
+    save_weights(one, tmp_path / "w.safetensors")
+    tensors = load_file(tmp_path / "w.safetensors")
+    assert set(tensors) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    save_file({k: v for k, v in tensors.items() if k.startswith(kept)}, tmp_path / "part.safetensors")
+    load_weights(other, tmp_path / "part.safetensors")
+    assert_equal(one, other)
+    assert other.second is other.first
