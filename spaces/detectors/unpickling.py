@@ -26,7 +26,7 @@ def main(file: str, output: str) -> int:
         content = _loaded(file)
     except ModuleNotFoundError as error:
         root = (error.name or "").split(".")[0]
-        remedy = "pip install 'paredown[ultralytics]'" if root == "ultralytics" else f"install {root}"
+        remedy = "pip install -e '.[ultralytics]'" if root == "ultralytics" else f"install {root}"
         return _refuse(f"needs the module {error.name} to be read; {remedy}")
     except Exception as error:  # whatever a pickle's own code raises
         return _refuse(f"cannot be unpickled ({type(error).__name__}: {error})")

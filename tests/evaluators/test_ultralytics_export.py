@@ -27,7 +27,7 @@ from spaces.sites import find_sites
 from spaces.testing import lively_network, noise
 
 if importlib.util.find_spec("ultralytics") is None:
-    pytest.skip("ultralytics is not installed: paredown[ultralytics]", allow_module_level=True)
+    pytest.skip("ultralytics is not installed: pip install -e '.[ultralytics]'", allow_module_level=True)
 
 CATEGORIES = [Category(7, "a"), Category(3, "b"), Category(90, "c")]
 SMALLEST = ["yolov8n", "yolo11n", "yolo26n"]

@@ -24,7 +24,7 @@ from spaces.errors import InputError
 from spaces.methods import topk
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
-pytest.importorskip("nncf", reason="pip install 'paredown[test]'")
+pytest.importorskip("nncf", reason="pip install -e '.[test]'")
 
 
 @pytest.fixture(scope="module")

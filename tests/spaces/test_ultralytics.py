@@ -25,7 +25,9 @@ from spaces.slicing import channels_left, part_named, slice_layers
 from spaces.testing import DetectorContract, lively_network, noise, outputs_of
 
 INSTALLED = importlib.util.find_spec("ultralytics") is not None
-needed = pytest.mark.skipif(not INSTALLED, reason="ultralytics is not installed: paredown[ultralytics]")
+needed = pytest.mark.skipif(
+    not INSTALLED, reason="ultralytics is not installed: pip install -e '.[ultralytics]'"
+)
 SMALLEST = ["yolov8n", "yolo11n", "yolo26n"]
 SIZE = (64, 96)
 
