@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return dict(load_file(path))
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
+        if not (zipfile.is_zipfile(path) or path.read_bytes()[:1] == pickle.PROTO):
+            raise InputError("checkpoint", str(path), "is no weights file, or a damaged one") from None
         remedy = "holds more than tensors and was not run; save its state_dict alone, or see paredown convert"
         raise MixedFileError("checkpoint", str(path), remedy) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):

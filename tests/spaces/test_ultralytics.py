@@ -60,7 +60,7 @@ def test_every_generation_and_scale_has_a_name_and_a_licence() -> None:
 
 @pytest.mark.skipif(INSTALLED, reason="ultralytics is installed")
 def test_without_the_package_one_line_says_what_to_install() -> None:
-    with pytest.raises(InputError, match=r"AGPL-3\.0: pip install 'paredown\[ultralytics\]'"):
+    with pytest.raises(InputError, match=r"AGPL-3\.0: pip install -e '\.\[ultralytics\]'"):
         small("yolov8n").build()
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spaces.detectors.registry import make_detector
-from spaces.detectors.weights import load_weights, save_weights
+from spaces.detectors.weights import MixedFileError, load_weights, read_weights, save_weights
 from spaces.errors import InputError
 
 
@@ -101,6 +101,13 @@ def test_damaged_files_are_refused(tmp_path: Path, name: str, content: bytes) ->
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError):
         load_weights(network(), tmp_path / name)
+
+
+def test_a_text_is_not_taken_for_a_pickle(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_text("model: yolox_nano\n")
+    with pytest.raises(InputError, match="is no weights file") as caught:
+        read_weights(tmp_path / "w.pth")
+    assert not isinstance(caught.value, MixedFileError)
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
