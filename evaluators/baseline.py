@@ -61,9 +61,12 @@ class BaselineConfig(BaseModel):
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             raise InputError("config", str(path), "is missing or no YAML file") from None
         except ValidationError as error:
-            first = error.errors()[0]
+            # A misspelt field explains one that is missing.
+            first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
             where = ".".join(str(part) for part in first["loc"]) or "config"
-            raise InputError(f"{path}: {where}", first.get("input"), first["msg"]) from None
+            misspelt = first["type"] == "extra_forbidden"
+            remedy = "no such field" if misspelt else first["msg"].replace("Input should be", "must be")
+            raise InputError(f"{path}: {where}", None if misspelt else first.get("input"), remedy) from None
 
 
 def train_baseline(

@@ -138,7 +138,7 @@ def _locate(config: DataConfig) -> tuple[Path, Literal["coco", "yolo"]]:
     if config.format == "digits":
         return write_digits(config.root or DIGITS_ROOT), "coco"
     if config.root is None:
-        raise InputError("data", None, "name the folder of the data set")
+        raise InputError("data.root", None, "name the folder of the data set here, or with --data DIR")
     root = config.root.expanduser()
     if not root.exists():
         raise InputError("data", str(root), "no such folder")

@@ -311,7 +311,7 @@ def test_roles_with_other_categories_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    assert "data: name the folder" in message(DataConfig())
+    assert "data.root: name the folder" in message(DataConfig())
     assert "no such folder" in message(DataConfig(root=tmp_path / "nowhere"))
     assert "neither annotations/*.json (COCO) nor data.yaml" in message(DataConfig(root=tmp_path))
     config = write(tmp_path, train=document(1, 4))

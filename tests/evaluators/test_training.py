@@ -241,3 +241,27 @@ def test_training_on_a_missing_gpu_is_refused(root: Path, tmp_path: Path) -> Non
     with pytest.raises(InputError, match="no CUDA device"):
         train_baseline(config, tmp_path / "weights.safetensors", tmp_path, device="cuda")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ("epoch: 3", "plan.epoch: no such field"),
+        ("epochs: 0", "plan.epochs: 0: must be greater than or equal to 1"),
+        ("batch_size: 8", "plan.epochs: "),
+    ],
+)
+def test_what_is_wrong_in_a_training_is_said_in_one_line(tmp_path: Path, plan: str, message: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"model: yolox_nano\ndata: {{format: digits}}\nplan: {{{plan}}}\n")
+    with pytest.raises(InputError, match=message) as caught:
+        BaselineConfig.read(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_where_it_goes_is_looked_at_before_anything_is_trained(tmp_path: Path) -> None:
+    config = BaselineConfig(model="yolox_nano", data=DataConfig(), plan=TrainingPlan(epochs=1))
+    with pytest.raises(InputError, match=r"--output: '.*w.pth': must end in .safetensors"):
+        train_baseline(config, tmp_path / "w.pth", tmp_path)
+    with pytest.raises(InputError, match="--device: 'tpu': choose cpu"):
+        train_baseline(config, tmp_path / "w.safetensors", tmp_path, device="tpu")

@@ -141,6 +141,11 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["dashboard", "--port", "99999"], "--port"),
         (["init", "--model", "yolox_nano", "--data", "nowhere"], "no such folder"),
         (["init", "--model", "yolox_mega", "--data", "nowhere"], "unknown; choose one of"),
+        (["init", "--model", "yolox_nano", "--data", ".", "--size", "3x2x1"], "--size: '3x2x1': write it as"),
+        (
+            ["finish", "--study", "s", "--output", "o", "--trial", "1", "--max-map-drop", "1"],
+            "--max-map-drop: 1.0: chooses a trial, and --trial 1 is one",
+        ),
         (["train", "nowhere.yaml", "--output", "w.safetensors"], "missing"),
         (["train", "nowhere.yaml", "--output", "/proc/w.safetensors"], "cannot be written to"),
         (["finish", "--study", "a", "--output", f"{__file__}/m"], "cannot be written to (Not a directory)"),
@@ -260,6 +265,22 @@ def test_init_shares_select_from_train(here: Path, data: Path, tmp_path_factory:
     assert settings.space.methods == ("prune", "quantize", "activate", "gate", "proposals", "topk")
     assert (settings.data.fit, settings.data.select, settings.data.report) == ("train", None, "val")
     assert settings.data.select_fraction == 0.2
+
+
+def test_init_takes_a_size_and_the_names_of_annotations(
+    here: Path, data: Path, tmp_path_factory: Any
+) -> None:
+    root = tmp_path_factory.mktemp("others")
+    (root / "annotations").mkdir()
+    (root / "images").symlink_to(data / "digits" / "images")
+    for theirs, name in (("fit", "one"), ("select", "two"), ("report", "valid")):
+        (root / "annotations" / f"{name}.json").symlink_to(data / "digits" / "annotations" / f"{theirs}.json")
+    arguments = ["init", "--model", "yolox_digits", "--data", str(root), "--output", "c.yaml"]
+    names = ["--fit", "one", "--select", "two", "--report", "valid"]
+    assert main([*arguments, *names, "--size", "96x128"]) == 0
+    settings = load_config(here / "c.yaml", {"checkpoint": "x"})
+    assert settings.size == (96, 128)
+    assert (settings.data.fit, settings.data.select, settings.data.report) == ("one", "two", "valid")
 
 
 def test_evaluate_agrees_in_torch_and_in_both_engines(
