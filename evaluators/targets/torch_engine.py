@@ -214,16 +214,27 @@ def _runner(module: Any, compiled: bool, device: str) -> Callable[[NDArray[np.fl
 
 
 def _typed(typed: WholeDetector, bits: Mapping[str, int]) -> WholeDetector:
-    """Layers made to cast what they read to their own type; elsewhere torch promotes types."""
+    """Layers made to cast what they read to their own type; elsewhere torch promotes types, or is made to.
+
+    Layers whose weights the module around them reads stay float32 with it.
+    """
     import torch
 
+    from spaces.layers import READ_BY_PARENT
+
+    strict = (torch.nn.modules.conv._ConvTransposeNd, torch.nn.PReLU, torch.nn.Bilinear, *READ_BY_PARENT)
     if not any(width == 16 for width in bits.values()):
         return typed
 
     def reads(kind: torch.dtype) -> Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
         return lambda _, inputs: tuple(one.to(kind) for one in inputs)
 
+    for name, other in typed.network.named_modules():
+        if isinstance(other, strict) and name not in bits:
+            other.register_forward_pre_hook(reads(torch.float32))
     for layer, width in bits.items():
+        if isinstance(typed.network.get_submodule(layer.rpartition(".")[0]), READ_BY_PARENT):
+            continue
         kind = torch.bfloat16 if width == 16 else torch.float32
         module = typed.network.get_submodule(layer).to(kind)
         module.register_forward_pre_hook(reads(kind))

@@ -244,7 +244,7 @@ def test_channels_that_are_always_zero_go_without_a_trace(make: Callable[[], nn.
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")
-@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime", "torch"])
 def test_every_bit_width_is_exported_and_runs(detector: Unseen, engine: str, tmp_path: Path) -> None:
     network, images = detector.build().eval(), torch.rand(1, 3, 16, 16)
     layers = list(find_sites(detector, network).facts)
