@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,11 @@ import torch_pruning as tp
 from torch import nn
 
 from spaces.norms import TRACED_NORMS
+
+MOST_CHANNELS = 2
+"""How many times the channels of the widest layer a step may lead to; 1 in networks followed to their end."""
+MOST_STEPS = 8
+"""How many times the number of dependencies a group may take in steps; at most 1.4 in such networks."""
 
 
 def dependency_graph(network: nn.Module, size: tuple[int, int], opaque: Iterable[str] = ()) -> Any:
@@ -19,8 +25,9 @@ def dependency_graph(network: nn.Module, size: tuple[int, int], opaque: Iterable
         network: with gradients, which torch-pruning follows; changed where modules are opaque.
         size: height and width of the input in pixels.
         opaque: names of modules that are not looked into. A convolution takes the place of each, which is no
-            layer of the base, so that what is joined to it stays whole. Channels would otherwise be followed
-            through views and products, where torch-pruning finds no end.
+            layer of the base, so that what is joined to it stays whole.
+
+    Its groups leave out what would be followed without end, through views and products as attention has them.
     """
     _close(network, opaque, size)
     return _Graph().build_dependency(
@@ -28,8 +35,54 @@ def dependency_graph(network: nn.Module, size: tuple[int, int], opaque: Iterable
     )
 
 
+class _Lost(Exception):
+    """Channels were followed beyond what a network can have."""
+
+
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]
-    """Takes the parts of a split in their order; torch-pruning itself takes them as it comes upon them."""
+    """Takes the parts of a split in their order; torch-pruning itself takes them as it comes upon them.
+
+    Where it takes a view for a flattening and a product leads back there, channels multiply each time around
+    and a group is never complete. Such groups are given up, and others that hold one of their layers.
+    """
+
+    def build_dependency(self, *arguments: Any, **options: Any) -> Any:
+        super().build_dependency(*arguments, **options)
+        dependencies = [one for node in self.module2node.values() for one in node.dependencies]
+        widest = max((max(p.shape[:2]) for p in self.model.parameters() if p.dim() > 1), default=1)
+        self._most_channels, self._most_steps = MOST_CHANNELS * widest, MOST_STEPS * len(dependencies)
+        self._lost: set[tuple[Any, Any]] = set()  # sides of layers: module and what cuts it
+        for one in dependencies:  # torch-pruning calls all mappings of a step, one after the other
+            one.index_mapping.append(partial(self._follow, one))
+        return self
+
+    def get_all_groups(self, *arguments: Any, **options: Any) -> Any:
+        groups = list(super().get_all_groups(*arguments, **options))
+        return [g for g in groups if not any((i.dep.target.module, i.dep.handler) in self._lost for i in g)]
+
+    def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Any) -> Any:
+        self._met, self._steps = {(module, pruning_fn)}, 0
+        try:
+            return super().get_pruning_group(module, pruning_fn, idxs)
+        except Exception:  # that, or whatever torch-pruning fails with on a view or split that it misreads
+            self._lost |= self._met
+            return tp.dependency.Group()  # nothing goes together, so there is no site
+
+    def _follow(self, dependency: Any, channels: list[Any]) -> list[Any]:
+        """Look at the channels that one step leads to.
+
+        Raises:
+            _Lost: there are too many of them, or too many steps, or a layer is reached that is lost already.
+        """
+        if not channels:
+            return channels  # the step is not taken
+        self._steps += 1
+        side = (dependency.target.module, dependency.handler)
+        if side[0] in self._module2name:  # other channels may pass the operations between layers
+            self._met.add(side)
+        if side in self._lost or self._steps > self._most_steps or len(channels) > self._most_channels:
+            raise _Lost
+        return channels
 
     def _trace(self, *arguments: Any, **options: Any) -> Any:
         nodes = super()._trace(*arguments, **options)

@@ -84,7 +84,8 @@ class Detector(Protocol):
       `best_of_each_box` (`best_pairs` where it is `multi_label`) of `spaces.best_boxes` would give, but
       faster: logits tell which boxes are best, and those alone are decoded.
     - `opaque_modules(network) -> Iterable[str]`, names of modules that keep height and width and whose
-      channels stay, as no dependencies can be read from them: attention that is written with views.
+      channels stay, as dependencies that are read from them would be wrong: attention that is written with
+      views. Where they cannot be followed to an end, they are left alone without being named here.
     - `class_layers() -> Mapping[str, tuple[int, int]]`, the layers whose output channels are
       `(outer, classes, inner)` in that order, background first among the classes where there is one, by
       name, with outer and inner. The classes of a data set are then taken out of weights trained on more.

@@ -28,7 +28,7 @@ from spaces.sites import Sites, find_sites
 from spaces.space import SearchSpace, build_space
 from spaces.table import SpaceTable
 from spaces.testing import lively_network, noise, outputs_of
-from tests.spaces.toy import ToyDetector
+from tests.spaces.toy import ToyDetector, ToyNetwork
 
 
 def narrow(size: Size) -> YoloX:
@@ -162,6 +162,34 @@ def test_no_size_is_offered_that_the_family_cannot_run_at() -> None:
     assert Resizing().options(without, Capabilities()) == {}
     with pytest.raises(InputError, match="no size is on offer"):
         Resizing().check(Resize(height=32, width=32), without)
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError("made for 96 rows"), KeyError(64), AttributeError("grid64")]
+)
+@pytest.mark.parametrize("where", ["constructor", "build", "forward"])
+def test_a_size_at_which_the_users_code_fails_is_left_out(where: str, error: Exception) -> None:
+    class Fails(ToyNetwork):
+        def forward(self, images: Tensor) -> Outputs:
+            if images.shape[2] < 96:
+                raise error
+            return super().forward(images)
+
+    class Insists(ToyDetector):
+        def __init__(self, size: Size) -> None:
+            if where == "constructor" and size[0] < 96:
+                raise error
+            self.preprocess = Preprocess(size=size)
+
+        def build(self) -> nn.Module:
+            if where == "build" and self.preprocess.size[0] < 96:
+                raise error
+            return Fails() if where == "forward" else ToyNetwork()
+
+    detector = Insists((96, 128))
+    found = find_sites(detector, detector.build(), resized=Insists)
+    assert found.input is not None
+    assert set(found.input.smaller) == {(96, 96)}  # not 64 x 128 and 64 x 96
 
 
 def test_parameters_and_recipes(space: SearchSpace, sites: Sites) -> None:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import pytest
 import torch
+from torch import Tensor, nn
 
 from spaces.apply import apply
+from spaces.detectors.base import Outputs
 from spaces.recipe import Prune, Recipe
 from spaces.sites import find_sites
-from tests.spaces.toy import ToyDetector
+from tests.spaces.toy import ToyDetector, ToyNetwork
 
 
 def test_dependency_groups_of_a_network_known_by_heart() -> None:
@@ -45,6 +48,23 @@ def test_siblings_are_joined_where_sites_would_be_too_many() -> None:
     sites = find_sites(detector, detector.build(), max_sites=6)
     assert sites.layer["wide"].layers == ("thin.0", "wide.0")
     assert sorted(layer for s in sites.layer.values() for layer in s.layers) == sorted(sites.facts)
+
+
+@pytest.mark.parametrize(
+    "error", [AssertionError(), KeyError(16), AttributeError("norm16"), ZeroDivisionError()]
+)
+def test_a_layer_stays_whole_without_whose_channels_the_users_code_fails(error: Exception) -> None:
+    class Insists(ToyNetwork):
+        def forward(self, images: Tensor) -> Outputs:
+            self.wide.register_forward_hook(self.look)
+            return super().forward(images)
+
+        def look(self, module: nn.Module, read: object, written: Tensor) -> None:
+            if written.shape[1] != 32:
+                raise error
+
+    detector = ToyDetector()
+    assert set(find_sites(detector, Insists()).channel) == {"stem.0", "right.0"}
 
 
 def test_a_frozen_base_has_the_same_sites() -> None:

@@ -170,6 +170,67 @@ class Attention(nn.Module):
         return (self.out(x).transpose(1, 2),)
 
 
+class ConvolutionalHeads(nn.Module):
+    """Attention of YOLO's kind: two heads out of one convolution, by a view and a split of fixed sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = conv(3, 16, stride=2), conv(16, 24), conv(24, 4, 1)
+        self.qkv, self.project = conv(16, 32, 1), conv(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Outputs:
+        x = self.a(x).relu()
+        n, _, h, w = x.shape
+        q, k, v = self.qkv(x).view(n, 2, 16, h * w).split([4, 4, 8], dim=2)
+        seen = v @ (q.transpose(2, 3) @ k / 2).softmax(dim=-1).transpose(2, 3)
+        return (self.out(self.b(x + self.project(seen.view(n, 16, h, w))).relu()),)
+
+
+class UnboundHeads(nn.Module):
+    """The same by a reshape and an unbind, in a module of its own that insists on its channels."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.project = conv(16, 48, 1), conv(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            n, c, h, w = x.shape
+            assert c == 16
+            q, k, v = self.qkv(x).reshape(n, 3, 2, 8, h * w).unbind(1)
+            seen = v @ (q.transpose(2, 3) @ k / 3).softmax(dim=-1).transpose(2, 3)
+            return x + self.project(seen.reshape(n, c, h, w))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 12, stride=2), conv(12, 16), conv(16, 24)
+        self.heads, self.out = self.Heads(), conv(24, 4, 1)
+
+    def forward(self, x: Tensor) -> Outputs:
+        return (self.out(self.c(self.heads(self.b(self.a(x).relu()).relu())).relu()),)
+
+
+class AreaHeads(nn.Module):
+    """Attention within a quarter of the positions, on a half of the channels; torch-pruning raises on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = conv(3, 32, stride=2), conv(32, 24), conv(24, 4, 1)
+        self.qkv, self.around, self.project = conv(16, 32, 1), conv(16, 16, groups=16), conv(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Outputs:
+        rest, x = self.a(x).relu().split((16, 16), dim=1)
+        n, _, h, w = x.shape
+        qkv = self.qkv(x).flatten(2).transpose(1, 2)
+        qkv = torch.cat((qkv, qkv[:, :, :16]), dim=2).reshape(n * 4, h * w // 4, 48)
+        heads = qkv.view(n * 4, h * w // 4, 4, 12).permute(0, 2, 3, 1)
+        q, k, v = heads.split([4, 4, 4], dim=2)
+        seen = v @ (q.transpose(2, 3) @ k / 2).softmax(dim=-1).transpose(2, 3)
+        seen = seen.permute(0, 3, 1, 2).reshape(n, h * w, 16).transpose(1, 2).view(n, 16, h, w)
+        x = x + self.project(seen + self.around(x))
+        return (self.out(self.b(torch.cat((rest, x), dim=1)).relu()),)
+
+
 class Unseen(ToyDetector):
     def __init__(self, make: Callable[[], nn.Module]) -> None:
         self.make = make
@@ -198,6 +259,12 @@ FREE = {  # channel sites by hand: what must be found is as important as what mu
     Shuffled: {"c": 16},
     Norms: {"c": 16},
     Attention: {},
+    ConvolutionalHeads: {
+        "a": 16,
+        "b": 24,
+    },  # what comes in and what is added, but not what the heads are made of
+    UnboundHeads: {"a": 12, "c": 24},
+    AreaHeads: {"b": 24},
 }
 
 
@@ -219,9 +286,9 @@ def test_what_can_be_pruned_is_found_and_the_rest_left_alone(detector: Unseen) -
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")
-@pytest.mark.parametrize("make", [Plain, Linears, Functional, Shuffled])
+@pytest.mark.parametrize("make", [Plain, Linears, Functional, Shuffled, ConvolutionalHeads, UnboundHeads])
 def test_channels_that_are_always_zero_go_without_a_trace(make: Callable[[], nn.Module]) -> None:
-    """Indices through flattening, slices and shuffles: the wrong ones would change what comes out."""
+    """Indices through flattening, slices, shuffles, past attention: wrong ones would change the outputs."""
     detector = Unseen(make)
     for name, site in find_sites(detector, detector.build()).channel.items():
         network, images = detector.build().eval(), torch.rand(1, 3, 16, 16)
@@ -241,6 +308,29 @@ def test_channels_that_are_always_zero_go_without_a_trace(make: Callable[[], nn.
         }
         pruned = apply(network, recipe, find_sites(detector, network), scores).network
         torch.testing.assert_close(pruned(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [ConvolutionalHeads, UnboundHeads, AreaHeads])
+def test_layers_of_attention_take_bit_widths_and_what_is_lost_in_it_stays(
+    make: Callable[[], nn.Module],
+) -> None:
+    detector = Unseen(make)
+    network = detector.build()
+    sites = find_sites(detector, network)
+    assert {layer for site in sites.layer.values() for layer in site.layers} == set(sites.facts)
+    inner = {name for name in sites.facts if name.endswith(("qkv", "project"))}
+    assert len(inner) == 2
+    cut = {(m.layer.rpartition(".")[2], m.side) for site in sites.channel.values() for m in site.members}
+    assert not cut & {("qkv", "out"), ("project", "in")}
+
+
+def test_attention_that_is_named_as_opaque_leaves_the_same_sites() -> None:
+    class Named(Unseen):
+        def opaque_modules(self, network: nn.Module) -> tuple[str, ...]:
+            return ("heads",)
+
+    found = [find_sites(one, one.build()).channel for one in (Named(UnboundHeads), Unseen(UnboundHeads))]
+    assert found[0] == found[1]
 
 
 @pytest.mark.filterwarnings("ignore:Unwrapped parameters")
