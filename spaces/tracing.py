@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch_pruning.dependency import index_mapping
 
 from spaces.norms import TRACED_NORMS
 
@@ -47,7 +48,11 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     """
 
     def build_dependency(self, *arguments: Any, **options: Any) -> Any:
-        super().build_dependency(*arguments, **options)
+        self._misread: set[Any] = set()  # views whose channels torch-pruning cannot tell
+        try:
+            super().build_dependency(*arguments, **options)
+        except ZeroDivisionError:
+            self._set_misread_aside()
         dependencies = [one for node in self.module2node.values() for one in node.dependencies]
         widest = max((max(p.shape[:2]) for p in self.model.parameters() if p.dim() > 1), default=1)
         self._most_channels, self._most_steps = MOST_CHANNELS * widest, MOST_STEPS * len(dependencies)
@@ -55,6 +60,17 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         for one in dependencies:  # torch-pruning calls all mappings of a step, one after the other
             one.index_mapping.append(partial(self._follow, one))
         return self
+
+    def _set_misread_aside(self) -> None:
+        """Have views that torch-pruning divides by 0 for, as of shuffled channels, end what passes them."""
+        for node in self.module2node.values():
+            if node.type == tp.ops.OPTYPE.RESHAPE:
+                try:
+                    index_mapping.update_reshape_index_mapping(self, node)
+                except ZeroDivisionError:
+                    node.type = tp.ops.OPTYPE.ELEMENTWISE
+                    self._misread.add(node)
+        index_mapping.update_index_mapping(self)
 
     def get_all_groups(self, *arguments: Any, **options: Any) -> Any:
         groups = list(super().get_all_groups(*arguments, **options))
@@ -72,7 +88,8 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         """Look at the channels that one step leads to.
 
         Raises:
-            _Lost: there are too many of them, or too many steps, or a layer is reached that is lost already.
+            _Lost: there are too many of them, or too many steps, or a layer is reached that is lost already,
+                or a view that nothing is known of.
         """
         if not channels:
             return channels  # the step is not taken
@@ -80,6 +97,8 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         side = (dependency.target.module, dependency.handler)
         if side[0] in self._module2name:  # other channels may pass the operations between layers
             self._met.add(side)
+        if self._misread & {dependency.source, dependency.target}:
+            raise _Lost
         if side in self._lost or self._steps > self._most_steps or len(channels) > self._most_channels:
             raise _Lost
         return channels

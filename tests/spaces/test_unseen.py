@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import shufflenet_v2_x0_5
 
 from evaluators.calibration import calibrate
 from evaluators.postprocess import WholeDetector
@@ -139,6 +140,18 @@ class Shuffled(nn.Module):
         return (self.out(self.c(x.unflatten(1, (2, 8)).transpose(1, 2).flatten(1, 2))),)
 
 
+class TorchvisionShuffle(nn.Module):
+    """torchvision's ShuffleNetV2, for which torch-pruning divides by the channels that it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = shufflenet_v2_x0_5(weights=None)
+        self.stem, self.stage, self.out = whole.conv1, whole.stage2, conv(48, 4, 1)
+
+    def forward(self, x: Tensor) -> Outputs:
+        return (self.out(self.stage(self.stem(x))),)
+
+
 class Norms(nn.Module):
     """Norms and activations with weights of their own that slicing does not know."""
 
@@ -257,6 +270,7 @@ FREE = {  # channel sites by hand: what must be found is as important as what mu
     Odd: {"a": 7, "b": 13, "c": 5},
     Functional: {"c": 16},
     Shuffled: {"c": 16},
+    TorchvisionShuffle: {"stem.0": 24, **{f"stage.{k}.branch2.0": 24 for k in range(4)}},
     Norms: {"c": 16},
     Attention: {},
     ConvolutionalHeads: {
