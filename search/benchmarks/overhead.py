@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from search.benchmarks.many_trials import ManyTrials
 from search.benchmarks.reports import table, write
@@ -32,6 +33,7 @@ class Overhead:
         many: by database.
         simulated: by database, then by number of workers.
         ray_s: driver's seconds that a job costs in Ray, which the simulation takes for its own.
+        commands: by part of the measurement, the command that it was measured by, with its date.
     """
 
     work: Work
@@ -41,6 +43,50 @@ class Overhead:
     many: list[ManyTrials] = field(default_factory=list)
     simulated: dict[str, list[Simulated]] = field(default_factory=dict)
     ray_s: float = 0.0
+    commands: dict[str, str] = field(default_factory=dict)
+
+    def begin(self, part: str, facts: Mapping[str, str]) -> None:
+        """Forget what was measured of a part, which is measured now."""
+        self.commands[part] = _command_in(facts)
+        match part:
+            case "workers":
+                self.sleepers = {}
+            case "first-job":
+                self.first_job = []
+            case "trials":
+                self.many = []
+            case "simulation":
+                self.simulated = {}
+
+
+def _command_in(facts: Mapping[str, str]) -> str:
+    return f"{facts['command']} ({facts['date']})"
+
+
+def measured_before(file: Path, facts: Mapping[str, str], parameters: int) -> Overhead | None:
+    """What a report holds, if it is of the same machine, versions and number of parameters.
+
+    Args:
+        file: of the report, `.md`.
+        facts: hardware and versions of now; `command` and `date` may differ.
+        parameters: of every study.
+    """
+    try:
+        document = json.loads(file.with_suffix(".json").read_text())
+        before: dict[str, str] = document["facts"]
+        found = TypeAdapter(Overhead).validate_python(
+            {key: document[key] for key in (one.name for one in fields(Overhead)) if key in document}
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    same = all(before.get(key) == value for key, value in facts.items() if key not in ("command", "date"))
+    if not same or found.parameters != parameters:
+        return None
+    if "command" in before:  # of a report whose parts were measured by one command
+        measured = {"workers": found.sleepers, "first-job": found.first_job}
+        measured |= {"trials": found.many, "simulation": found.simulated}
+        found.commands = {part: _command_in(before) for part, figures in measured.items() if figures}
+    return found
 
 
 def bars(found: Overhead) -> list[tuple[str, str, str, bool]]:
@@ -67,21 +113,15 @@ def bars(found: Overhead) -> list[tuple[str, str, str, bool]]:
     return rows
 
 
-def write_overhead(file: Path, found: Overhead, facts: Mapping[str, Any]) -> None:
-    """Write the report."""
+def write_overhead(file: Path, found: Overhead, facts: Mapping[str, str]) -> None:
+    """Write the report, with hardware and versions of `facts` and each part's own command."""
     rows = [[what, bar, value, "yes" if kept else "NO"] for what, bar, value, kept in bars(found)]
     lines = table(["what", "bar", "measured", "kept"], rows)
     for section in (_worker_time, _first_job, _many, _simulated):
         lines += section(found)
-    content = {
-        "work": asdict(found.work),
-        "parameters": found.parameters,
-        "sleepers": {count: asdict(one) for count, one in found.sleepers.items()},
-        "first_job": found.first_job,
-        "many": [asdict(one) for one in found.many],
-        "simulated": {kind: [asdict(one) for one in each] for kind, each in found.simulated.items()},
-        "ray_s": found.ray_s,
-    }
+    content = asdict(found)
+    facts = {key: value for key, value in facts.items() if key not in ("command", "date")}
+    facts |= found.commands
     write(file, "What the search itself costs", lines, content, facts)
 
 

@@ -47,7 +47,10 @@ def overhead(
     ] = None,
     output: Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")] = RESULTS,
 ) -> int:
-    """Where the time of workers goes, the first job, thousands of trials, hundreds of workers."""
+    """Where the time of workers goes, the first job, thousands of trials, hundreds of workers.
+
+    Parts that are not measured stay in the report while machine and versions are the same.
+    """
     import optuna
     import ray
     import sqlalchemy
@@ -55,7 +58,7 @@ def overhead(
     from evaluators.signature import machine_signature
     from search.benchmarks.databases import POSTGRESQL, SQLITE
     from search.benchmarks.made_up import MadeUpSearch
-    from search.benchmarks.overhead import Overhead, write_overhead
+    from search.benchmarks.overhead import Overhead, measured_before, write_overhead
     from search.benchmarks.sleepers import Work, busy
     from spaces.errors import InputError
 
@@ -66,10 +69,15 @@ def overhead(
                 raise InputError(field, one, f"choose from {', '.join(known)}")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search = MadeUpSearch(parameters)
-    found = Overhead(busy(trial_seconds) if multiply else Work(trial_seconds), len(search.table.names))
+    count = len(search.table.names)
     versions = {module.__name__: module.__version__ for module in (optuna, ray, sqlalchemy)}
     facts = {key: str(value) for key, value in machine_signature().items()} | benchmark_facts(**versions)
     report = output / "overhead.md"
+    found = measured_before(report, facts, count) or Overhead(Work(trial_seconds), count)
+    for one in wanted:
+        found.begin(one, facts)
+    if "workers" in wanted:
+        found.work = busy(trial_seconds) if multiply else Work(trial_seconds)
 
     def save() -> None:
         """As it goes: the last simulations take longest."""

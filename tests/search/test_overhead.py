@@ -220,12 +220,24 @@ def test_the_report_says_what_is_not_kept(tmp_path: Path) -> None:
     }
     assert one.first_to_change == TELL
     assert one.driver_s == 6.0
-    overhead.write_overhead(tmp_path / "overhead.md", found, {"command": "here"})
+    report, facts = tmp_path / "overhead.md", {"cpu": "x", "command": "here", "date": "today"}
+    for part in ("trials", "simulation"):
+        found.commands[part] = "before"
+    overhead.write_overhead(report, found, facts)
     text = (tmp_path / "overhead.md").read_text()
     assert "| command to the first job of a worker | <= 20 s | 21.00 s | NO |" in text
     assert "| 64 | 60 | 3840 | 90.0% |" in text
     content = json.loads((tmp_path / "overhead.json").read_text())
     assert content["simulated"][SQLITE][0]["costs"][TELL]["seconds"] == 9.0
+
+    again = overhead.measured_before(report, facts | {"date": "tomorrow"}, 120)
+    assert again == found
+    again.begin("trials", facts | {"date": "tomorrow"})
+    assert (again.many, again.simulated) == ([], found.simulated)
+    assert again.commands == {"trials": "here (tomorrow)", "simulation": "before"}
+    assert overhead.measured_before(report, facts | {"cpu": "y"}, 120) is None
+    assert overhead.measured_before(report, facts, 60) is None
+    assert overhead.measured_before(tmp_path / "none.md", facts, 120) is None
 
 
 def test_real_workers_that_sleep(search: MadeUpSearch, pool: Pool) -> None:
