@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from evaluators.jobs import StageReport
 from evaluators.kernels import by_kind, fell_back, stored_and_run, unseen
 from evaluators.latency import PairedLatency
 from evaluators.memory import peak_memory_mb
-from evaluators.parity import require_parity
+from evaluators.parity import ParityError, require_parity
+from evaluators.postprocess import WholeDetector
 from evaluators.stage_clock import StageClock
 from evaluators.targets.base import Predicting, Session
 from evaluators.tensor_time import tensor_share
@@ -34,6 +36,10 @@ BASE_FOLDER = "base"
 FURTHER_FOLDER = "trained-further"
 """In it: the base trained by a candidate's budget."""
 REFERENCE_FILE = "reference.json"
+NOT_SIMPLIFIED = (
+    "simplified() of the detector makes another network of the base, before it is exported (folded() takes a "
+    "norm into the convolution registered right in front of it, which must be the one whose output it reads)"
+)
 
 Metrics = dict[str, Measurement]
 
@@ -74,7 +80,7 @@ class Measuring:
         if recipe.is_identity:
             yield clock.ended("export", "compare with torch")
             with bench.slot.computing():
-                require_parity(session, TorchSession(bench.whole(draft.network, recipe)), bench.timing_inputs)
+                self._compare_with_torch(session, draft, recipe)
             yield clock.ended("compare with torch", "score")
         else:
             yield clock.ended("export", "score")
@@ -127,6 +133,23 @@ class Measuring:
             save(draft, recipe, folder)
             session = bench.target.prepare(model, bench.config.threads, card.runtime.hint)
         return card, session
+
+    def _compare_with_torch(self, session: Session, draft: Draft, recipe: Recipe) -> None:
+        """The file beside the network as it was trained: both the export and `Detector.simplified` are tried.
+
+        Raises:
+            ParityError: one of them does not compute what the network does; says which.
+        """
+        bench, images = self.bench, self.bench.timing_inputs
+        simple = bench.whole(draft.network, recipe)
+        # A copy, for the network itself is trained on later, in whatever mode it is now.
+        whole = WholeDetector(deepcopy(draft.network), bench.detector, simple.postprocess, bench.categories)
+        trained = TorchSession(whole)
+        try:
+            require_parity(session, trained, images)
+        except ParityError:
+            require_parity(TorchSession(simple), trained, images, NOT_SIMPLIFIED)
+            raise
 
     def _metrics(
         self,

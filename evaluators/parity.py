@@ -64,8 +64,17 @@ def compare_sessions(ours: Session, theirs: Session, images: Sequence[NDArray[np
     return Parity(len(images), total / 2, unmatched, scores, boxes)
 
 
-def require_parity(ours: Session, theirs: Session, images: Sequence[NDArray[np.float32]]) -> Parity:
+def require_parity(
+    ours: Session,
+    theirs: Session,
+    images: Sequence[NDArray[np.float32]],
+    otherwise: str = "the exported base does not find what torch finds",
+) -> Parity:
     """`compare_sessions`, which must hold.
+
+    Args:
+        ours, theirs, images: to compare.
+        otherwise: begins what is raised.
 
     Raises:
         ParityError: it does not.
@@ -73,8 +82,8 @@ def require_parity(ours: Session, theirs: Session, images: Sequence[NDArray[np.f
     found = compare_sessions(ours, theirs, images)
     if not found.holds:
         raise ParityError(
-            f"the exported base does not find what torch finds: {found.unmatched} of {2 * found.boxes:.0f} "
-            f"boxes on {found.images} images have no partner within {SCORE_TOLERANCE} in score and "
+            f"{otherwise}: {found.unmatched} of {2 * found.boxes:.0f} boxes "
+            f"on {found.images} images have no partner within {SCORE_TOLERANCE} in score and "
             f"{BOX_TOLERANCE} pixels"
         )
     return found

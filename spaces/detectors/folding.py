@@ -13,7 +13,7 @@ from spaces.gates import ConstantGate
 from spaces.lowrank import Factors
 
 FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d)
-"""Norms that `fold` takes."""
+"""Norms that `fold` takes; subclasses may compute an activation as well, and stay as they are."""
 
 
 def folded(network: nn.Module) -> nn.Module:
@@ -27,7 +27,7 @@ def folded(network: nn.Module) -> nn.Module:
 def fold_gates(network: nn.Module) -> None:
     """Take every constant gate into the convolution that a sequence runs behind it, in place."""
     for module in list(network.modules()):
-        if not isinstance(module, nn.Sequential):
+        if type(module).forward is not nn.Sequential.forward:  # one of its own may run them in another order
             continue
         for (name, gate), (_, follower) in itertools.pairwise(list(module.named_children())):
             reader = _first(follower)
@@ -38,22 +38,24 @@ def fold_gates(network: nn.Module) -> None:
 
 def _first(module: nn.Module) -> nn.Conv2d | None:
     """The convolution that a module begins with, if it does."""
-    while isinstance(module, nn.Sequential) and len(module):
+    while type(module).forward is nn.Sequential.forward and isinstance(module, nn.Sequential) and len(module):
         module = module[0]
-    return module if isinstance(module, nn.Conv2d) else None
+    return module if type(module) is nn.Conv2d else None
 
 
 def fold_norms(network: nn.Module) -> None:
     """Fold every BatchNorm that a module holds right behind a convolution, in place; an identity stays there.
 
     For modules that register a convolution and its norm one after the other and run them so, as those of
-    torchvision, YOLOX and Ultralytics do. `network` is in evaluation mode.
+    torchvision, YOLOX and Ultralytics do: where something is computed in between, the result is another
+    network, which the evaluation of a study's base finds out. Subclasses of `nn.Conv2d` and of the norms may
+    compute something else; they stay. `network` is in evaluation mode.
     """
     for module in list(network.modules()):
         if isinstance(module, Factors):
             continue
         for (name, layer), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
-            if isinstance(norm, FOLDABLE) and _produced(layer) == _channels(norm) > 0:
+            if type(norm) in FOLDABLE and _produced(layer) == _channels(norm) > 0:
                 module.register_module(name, fold(layer, norm))
                 module.register_module(norm_name, nn.Identity())
 
@@ -61,10 +63,10 @@ def fold_norms(network: nn.Module) -> None:
 def _produced(layer: nn.Module) -> int:
     """Channels that a convolution puts out, 0 for anything else."""
     last = layer[-1] if isinstance(layer, Factors) else layer
-    return last.out_channels if isinstance(last, nn.Conv2d) else 0
+    return last.out_channels if isinstance(last, nn.Conv2d) and type(last) is nn.Conv2d else 0
 
 
-def _channels(norm: nn.BatchNorm2d | FrozenBatchNorm2d) -> int:
+def _channels(norm: nn.Module) -> int:
     """Channels of a norm; one of others than the layer registered before it runs behind another layer."""
     mean = norm.running_mean
     return len(mean) if isinstance(mean, Tensor) else 0
@@ -78,12 +80,13 @@ def fold(layer: nn.Module, norm: nn.Module) -> nn.Module:
     """
     if isinstance(layer, Factors):
         return Factors(*layer[:-1], fold(layer[-1], norm)).eval()
-    if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+    if not isinstance(layer, nn.Conv2d) or not _produced(layer) or type(norm) not in FOLDABLE:
+        raise TypeError(f"{type(norm).__name__} cannot be folded into {type(layer).__name__}")
+    if isinstance(norm, nn.BatchNorm2d):
         return fuse_conv_bn_eval(layer, norm)
-    if isinstance(layer, nn.Conv2d) and isinstance(norm, FrozenBatchNorm2d):
-        whole = copy.deepcopy(layer)
-        whole.weight, whole.bias = fuse_conv_bn_weights(
-            layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        return whole
-    raise TypeError(f"{type(norm).__name__} cannot be folded into {type(layer).__name__}")
+    assert isinstance(norm, FrozenBatchNorm2d)
+    whole = copy.deepcopy(layer)
+    whole.weight, whole.bias = fuse_conv_bn_weights(
+        layer.weight, layer.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return whole

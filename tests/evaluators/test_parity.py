@@ -1,13 +1,19 @@
 """Boxes of two sessions paired within the stated tolerances."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from evaluators.jobs import Job
 from evaluators.parity import ParityError, compare_sessions, require_parity
+from evaluators.pipeline import CandidateWorker
 from evaluators.targets.base import Detections
+from spaces.recipe import identity
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "scripts" / "examples" / "own_detector.py"
 
 
 class Fixed:
@@ -68,3 +74,32 @@ def test_one_in_a_hundred_may_differ_and_no_box_has_two_partners() -> None:
     assert require_parity(a, b, [image(100)]).unmatched == 2
     twins = Fixed([BOXES[0], BOXES[0]], [0.9, 0.9], [1, 1])
     assert compare_sessions(twins, Fixed([BOXES[0]], [0.9], [1]), [image(2)]).unmatched == 1
+
+
+def stages(worker: CandidateWorker) -> list[str]:
+    """Of the base's trial, up to the comparison with torch."""
+    job = Job(kind="trial", name="trial 0", number=0, recipe=identity(worker.bench.detector.name))
+    found = []
+    for report in worker.run(job):
+        found.append(report.stage)
+        if report.stage == "compare with torch":
+            break
+    return found
+
+
+def test_what_simplified_must_not_change_is_compared_with_the_network_itself(
+    make_lively_worker: Callable[..., CandidateWorker], tmp_path: Path
+) -> None:
+    """A norm registered right behind a convolution, but run behind the activation."""
+    late = """
+
+class Late(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[2](self[0](x)))
+"""
+    source = EXAMPLE.read_text().replace("return nn.Sequential(conv", "return Late(conv") + late
+    (tmp_path / "late.py").write_text(source)
+    (tmp_path / "unfolded.py").write_text(source.replace("return folded(network)", "return network.eval()"))
+    assert stages(make_lively_worker(f"{tmp_path / 'unfolded.py'}:OwnDetector"))[-1] == "compare with torch"
+    with pytest.raises(ParityError, match="of the detector makes another network of the base"):
+        stages(make_lively_worker(f"{tmp_path / 'late.py'}:OwnDetector"))

@@ -142,6 +142,13 @@ def test_a_gate_that_nothing_can_take_in_stays() -> None:
     grouped = nn.Sequential(ConstantGate(torch.rand(4)), nn.Conv2d(4, 4, 1, groups=2))
     assert isinstance(folded(grouped)[0], ConstantGate)  # type: ignore[index]
 
+    class Backwards(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[0](self[1](x))  # type: ignore[no-any-return]
+
+    backwards, x = Backwards(ConstantGate(torch.rand(4)), nn.Conv2d(4, 4, 1)), torch.rand(1, 4, 2, 2)
+    torch.testing.assert_close(folded(backwards)(x), backwards(x))
+
 
 def test_a_stored_network_is_rebuilt_bit_for_bit(tmp_path: Path) -> None:
     detector, network, sites = base()

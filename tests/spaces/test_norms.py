@@ -114,6 +114,38 @@ def test_frozen_norms_are_folded_and_groups_stay() -> None:
         torch.testing.assert_close(simple(IMAGES)[0], network(IMAGES)[0], rtol=1e-4, atol=1e-5)
 
 
+class WithActivation(nn.BatchNorm2d):
+    """As timm has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Standardized(nn.Conv2d):
+    """Computes with another weight than it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        spread, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) / spread, self.bias)
+
+
+def test_subclasses_that_compute_something_else_stay() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, bias=False), WithActivation(8)),
+        *(Standardized(8, 8, 3, bias=False), nn.BatchNorm2d(8)),
+        *(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)),
+    )
+    for norm in network[1::2]:
+        for values in (norm.weight.data, norm.running_var, norm.running_mean, norm.bias.data):
+            values.uniform_(0.5, 1.5)
+    simple = folded(network.eval())
+    kinds = [type(module) for module in simple.children()]
+    assert kinds == [nn.Conv2d, WithActivation, Standardized, nn.BatchNorm2d, nn.Conv2d, nn.Identity]
+    with torch.no_grad():
+        torch.testing.assert_close(simple(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-5)
+
+
 def test_units_by_hand() -> None:
     four, every = tuple(range(4)), tuple(range(8))
     norm, whole = nn.GroupNorm(2, 4), nn.GroupNorm(1, 4)
