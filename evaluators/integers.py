@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from evaluators.graph import SCOPE, layer_of
-from evaluators.rewriting import constant, copied, replace_nodes, without_unread
+from evaluators.rewriting import constant, constants, copied, replace_nodes, without_unread
 
 if TYPE_CHECKING:  # torch is behind it
     from evaluators.calibration import LayerRanges, Range
@@ -109,10 +109,7 @@ class _Writer:
     def __init__(self, graph: onnx.ModelProto, weight_levels: int, plain_pairs: bool) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self._graph, self._levels, self._plain = graph, weight_levels, plain_pairs
-        self._tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
-        for node in graph.graph.node:  # of constants that are alike the exporter keeps one
-            if node.op_type == "Identity" and node.input[0] in self._tensors:
-                self._tensors[node.output[0]] = self._tensors[node.input[0]]
+        self._tensors = constants(graph)
         self._pairs: dict[tuple[str, Reading], str] = {}
         self._weights: dict[tuple[str, int, bytes], str] = {}
         self._written: set[str] = set()

@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from evaluators.graph import layer_of
-from evaluators.rewriting import copied, replace_nodes, without_unread
+from evaluators.rewriting import constants, copied, replace_nodes, without_unread
 
 FOLLOWERS = {"Sigmoid", "Mul", "Add", "Relu", "HardSwish", "HardSigmoid", "Clip", "LeakyRelu", "Concat"}
 FOLLOWERS |= {"MaxPool", "Resize", "Slice"}
@@ -58,13 +58,16 @@ def stored_in_bfloat16(graph: onnx.ModelProto, layers: frozenset[str]) -> onnx.M
     Half the bytes on disk for layers that the engine computes in bfloat16 anyway.
     """
     graph = copied(graph)
-    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+    tensors = constants(graph)
     nodes: list[onnx.NodeProto] = []
+    widened: dict[str, str] = {}
     for node in graph.graph.node:
         if layer_of(node) in layers:
-            stored = _stored_half(graph, tensors[node.input[1]])
-            node.input[1] = f"{node.input[1]}_widened"
-            nodes.append(helper.make_node("Cast", [stored], [node.input[1]], to=TensorProto.FLOAT))
+            name = node.input[1]
+            if name not in widened:  # a head that is shared by levels reads it more than once
+                stored, widened[name] = _stored_half(graph, tensors[name]), f"{name}_widened"
+                nodes.append(helper.make_node("Cast", [stored], [widened[name]], to=TensorProto.FLOAT))
+            node.input[1] = widened[name]
         nodes.append(node)
     replace_nodes(graph, nodes)
     return without_unread(graph)

@@ -15,6 +15,18 @@ def constant(graph: onnx.ModelProto, name: str, value: NDArray[np.generic]) -> s
     return name
 
 
+def constants(graph: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    """Stored tensors by all the names that they are read under.
+
+    Of those that are alike the exporter keeps one; an Identity gives it the names of the others.
+    """
+    found = {tensor.name: tensor for tensor in graph.graph.initializer}
+    for node in graph.graph.node:
+        if node.op_type == "Identity" and node.input[0] in found:
+            found[node.output[0]] = found[node.input[0]]
+    return found
+
+
 def copied(graph: onnx.ModelProto) -> onnx.ModelProto:
     """A copy to change."""
     copy = onnx.ModelProto()
@@ -37,7 +49,12 @@ def _duplicate(node: onnx.NodeProto) -> onnx.NodeProto:
 
 
 def without_unread(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop constants that nothing reads any more: they would count as size on disk."""
+    """Drop constants that nothing reads any more, with other names of them: they would count as size on disk."""
+    read = {name for node in graph.graph.node for name in node.input} | {o.name for o in graph.graph.output}
+    stored = constants(graph)
+    for node in [node for node in graph.graph.node if node.op_type == "Identity" and node.input[0] in stored]:
+        if node.output[0] not in read:
+            graph.graph.node.remove(node)
     read = {name for node in graph.graph.node for name in node.input}
     kept = [tensor for tensor in graph.graph.initializer if tensor.name in read]
     copies = []

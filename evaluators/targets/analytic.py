@@ -18,7 +18,7 @@ from onnx import helper, numpy_helper
 from evaluators.graph import layer_of
 from evaluators.integers import quantized
 from evaluators.precision import stored_in_bfloat16
-from evaluators.rewriting import copied, replace_nodes, without_unread
+from evaluators.rewriting import constants, copied, replace_nodes, without_unread
 from evaluators.signature import machine_signature
 from evaluators.targets.base import Detections, Lowered
 from evaluators.targets.onnx_target import OnnxTarget, read_graph
@@ -134,7 +134,7 @@ def few_levels(
         ranges: of each of these layers.
     """
     lowered = copied(graph)
-    tensors = {tensor.name: tensor for tensor in lowered.graph.initializer}
+    tensors = constants(lowered)
     nodes: list[onnx.NodeProto] = []
     added: list[onnx.TensorProto] = []
     for node in lowered.graph.node:

@@ -189,6 +189,23 @@ def test_weights_stored_in_bfloat16_are_the_rounded_ones() -> None:
     np.testing.assert_allclose(as_typed(graph), expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_weights_that_are_alike_or_read_twice_are_stored_once(twice: bool) -> None:
+    """As the exporter writes equal weights, and a layer that is called again."""
+    graph = chain()
+    del graph.graph.initializer[2]
+    if twice:
+        graph.graph.node[4].input[1] = "network.b.weight"
+    else:
+        graph.graph.node.insert(0, helper.make_node("Identity", ["network.b.weight"], ["network.c.weight"]))
+    small = stored_in_bfloat16(graph, frozenset("abc"))
+    onnx.checker.check_model(small, full_check=True)
+    assert [t.name for t in small.graph.initializer] == ["network.a.weight_bf16", "network.b.weight_bf16"]
+    expected = 2 * conv(silu(conv(X, half(WEIGHTS["a"]))), half(WEIGHTS["b"]))
+    np.testing.assert_allclose(as_typed(small), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(in_openvino(small), expected, rtol=0, atol=1e-4)
+
+
 # -- the whole detector
 
 
