@@ -10,22 +10,44 @@ import onnx
 MODEL_FILE = "model.onnx"
 INPUT, OUTPUTS = "images", ("boxes", "scores", "labels")
 PREFIX, SUFFIX = "network.", ".weight"
-"""Around a layer's module name in the name of its weight, as the exporter writes it."""
+"""Around a layer's module name in the name of its weight, as the exporter writes it: `(outputs, ...)`."""
+TURNED = f"{SUFFIX}_t"
+"""Instead of `SUFFIX`, where a product reads the weight as `(inputs, outputs)`, see `evaluators.export`."""
 SCOPE = "/network/"
 """Begins the names of the nodes before decoding, as the exporter writes them."""
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _FUSED = ("Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid")
+_SCALING = ("Add", "Mul", "Cast")
 _TYPES = ("QuantizeLinear", "DequantizeLinear", "Cast")
 
 
 def layer_of(node: onnx.NodeProto) -> str | None:
-    """The module name of the layer that a Conv or Gemm node runs, by its weight's name."""
+    """The module name of the layer that a Conv, Gemm or MatMul node runs, by its weight's name."""
     if node.op_type not in _LAYERS:
         return None
     weight: str = node.input[1]
-    if not weight.startswith(PREFIX) or not weight.endswith(SUFFIX):
+    if not weight.startswith(PREFIX) or not weight.endswith((SUFFIX, TURNED)):
         return None
-    return weight.removeprefix(PREFIX).removesuffix(SUFFIX)
+    return weight.removeprefix(PREFIX).removesuffix(TURNED).removesuffix(SUFFIX)
+
+
+def output_axis(weight: str) -> int:
+    """The axis of a weight, or of what it is stored as, that holds a layer's output channels; by its name."""
+    return 1 if TURNED in weight else 0
+
+
+def scope_of(node: str) -> str:
+    """The module that a node was written for, by the node's name: `a.0.b` for `/network/a/a.0/b/MatMul`.
+
+    What holds modules without running them itself may be missing in front; where a module runs again, the
+    exporter adds `_1` to it.
+    """
+    parts: list[str] = []
+    for part in node.removeprefix(SCOPE).split("/")[:-1]:
+        if parts and part.startswith(f"{parts[-1]}."):
+            parts.pop()
+        parts.append(part)
+    return ".".join(parts)
 
 
 def layer_nodes(graph: onnx.ModelProto) -> dict[str, str]:
@@ -66,6 +88,47 @@ def layer_outputs(graph: onnx.ModelProto, nodes: Mapping[str, str]) -> dict[str,
         after = readers[node.output[0]]
         if len(after) == 1 and after[0].op_type in _FUSED:
             found[after[0].output[0]] = layer
+    return found
+
+
+def fused_names(graph: onnx.ModelProto, nodes: Mapping[str, str]) -> dict[str, str]:
+    """Layers by the names of the additions of constants and multiplications by them that follow.
+
+    OpenVINO takes them into a product and names that after the last of them.
+
+    Args:
+        graph: lowered or not.
+        nodes: of `layer_nodes`.
+    """
+    fixed = {tensor.name for tensor in graph.graph.initializer}
+    found: dict[str, str] = {}
+    made: dict[str, str] = {}
+    for node in graph.graph.node:
+        moving = [name for name in node.input if name not in fixed]
+        if not moving:
+            fixed.update(node.output)
+        elif node.name in nodes:
+            made[node.output[0]] = nodes[node.name]
+        elif node.op_type in _SCALING and len(moving) == 1 and moving[0] in made:
+            found[node.name] = made[node.output[0]] = made[moving[0]]
+    return found
+
+
+def biased(graph: onnx.ModelProto) -> dict[str, str]:
+    """What layers write that are a product and an addition of a bias, by what the product writes."""
+    readers = defaultdict(list)
+    for node in graph.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    found = {}
+    for node in graph.graph.node:
+        after = readers[node.output[0]] if node.op_type == "MatMul" else []
+        if (
+            len(after) == 1
+            and after[0].op_type == "Add"
+            and f"{PREFIX}{layer_of(node)}.bias" in after[0].input
+        ):
+            found[node.output[0]] = after[0].output[0]
     return found
 
 

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from evaluators.graph import SCOPE, layer_of
+from evaluators.graph import SCOPE, biased, layer_of, output_axis
 from evaluators.rewriting import constant, constants, copied, replace_nodes, without_unread
 
 if TYPE_CHECKING:  # torch is behind it
@@ -81,24 +81,24 @@ def quantized(
     graph = copied(graph)
     writer = _Writer(graph, weight_levels, plain_pairs)
     apart = written_apart(graph, layers) if outputs_too else frozenset()
+    sums, unrounded = biased(graph), dict[str, Reading]()
     renamed: dict[str, str] = {}
     for node in graph.graph.node:
         for position, name in enumerate(node.input):
             node.input[position] = renamed.get(name, name)
-        layer = layer_of(node)
+        layer, produced = layer_of(node), node.output[0]
         if layer is None or layer not in layers:
             writer.nodes.append(node)
-            continue
-        ranges, produced = layers[layer], node.output[0]
-        folded = writer.read(node, ranges, outputs_too)
-        if not outputs_too:
+        else:
+            ranges = layers[layer]
+            folded = writer.read(node, ranges, outputs_too)
+            if outputs_too:
+                writing = Reading((layer in apart and ranges.written_by_channel) or (ranges.written,))
+                folded = folded * writer.shift(node, writing)
+                unrounded[sums.get(produced, produced)] = writing
             writer.weigh(node, ranges, folded)
-            continue
-        writing = Reading(ranges.written_by_channel if layer in apart else ())
-        writing = writing if writing.spans else Reading((ranges.written,))
-        folded = folded * writer.shift(node, writing)
-        writer.weigh(node, ranges, folded)
-        renamed[produced] = writer.written(node, writing)
+        if produced in unrounded:
+            renamed[produced] = writer.written(node, unrounded[produced])
     replace_nodes(graph, writer.nodes)
     return without_unread(graph)
 
@@ -153,23 +153,23 @@ class _Writer:
 
     def weigh(self, node: onnx.NodeProto, ranges: LayerRanges, factors: NDArray[np.float64]) -> None:
         """Store the layer's weight as S8 with a scale per output channel, and run the layer on it."""
-        tensor, levels = self._tensors[node.input[1]], min(ranges.largest, self._levels)
-        key = (tensor.name, levels, factors.tobytes())
+        name, levels = node.input[1], min(ranges.largest, self._levels)
+        key = (name, levels, factors.tobytes())
         if key not in self._weights:
-            ending = f"_{len(self._weights)}" if any(k[0] == tensor.name for k in self._weights) else ""
-            weight = numpy_helper.to_array(tensor)
-            scale = weight_scales(weight, levels)
+            ending = f"_{len(self._weights)}" if any(k[0] == name for k in self._weights) else ""
+            weight, axis = numpy_helper.to_array(self._tensors[name]), output_axis(name)
+            scale = weight_scales(np.moveaxis(weight, axis, 0), levels)
             if ranges.weight_scales:  # learned, perhaps on a CPU that bears more levels
                 scale = np.array(ranges.weight_scales, np.float32) * np.float32(ranges.largest / levels)
-            shape = (-1,) + (1,) * (weight.ndim - 1)
+            shape = (1,) * axis + (-1,) + (1,) * (weight.ndim - 1 - axis)
             integers = np.clip(np.round(weight / scale.reshape(shape)), -levels, levels).astype(np.int8)
             names = [
-                constant(self._graph, f"{tensor.name}_s8", integers),
-                constant(self._graph, f"{tensor.name}{ending}_scale", (scale * factors).astype(np.float32)),
-                constant(self._graph, f"{tensor.name}_zero", np.zeros(scale.shape, np.int8)),
+                constant(self._graph, f"{name}_s8", integers),
+                constant(self._graph, f"{name}{ending}_scale", (scale * factors).astype(np.float32)),
+                constant(self._graph, f"{name}_zero", np.zeros(scale.shape, np.int8)),
             ]
-            self._weights[key] = f"{tensor.name}{ending}_dequantized"
-            self.nodes.append(helper.make_node("DequantizeLinear", names, [self._weights[key]], axis=0))
+            self._weights[key] = f"{name}{ending}_dequantized"
+            self.nodes.append(helper.make_node("DequantizeLinear", names, [self._weights[key]], axis=axis))
         node.input[1] = self._weights[key]
         self.nodes.append(node)
 
@@ -273,7 +273,8 @@ def _weight_errors(rows: NDArray[np.float64], scale: NDArray[np.float64], levels
 def written_apart(graph: onnx.ModelProto, layers: Collection[str]) -> frozenset[str]:
     """Layers whose readers bear a scale for each channel that the layer writes.
 
-    Other layers in integers do not, for their kernels have one scale for all channels that they read.
+    Other layers in integers do not, for their kernels have one scale for all channels that they read. Nor do
+    the readers of a product whose bias is added by an operation of its own.
     """
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.graph.node:
@@ -289,5 +290,6 @@ def written_apart(graph: onnx.ModelProto, layers: Collection[str]) -> frozenset[
     for node in graph.graph.node:
         layer = layer_of(node)
         if layer in layers and layer is not None:
-            found[layer] = found.get(layer, True) and all(map(bears, readers[node.output[0]]))
+            held = node.op_type != "MatMul" and all(map(bears, readers[node.output[0]]))
+            found[layer] = found.get(layer, True) and held
     return frozenset(layer for layer, borne in found.items() if borne)

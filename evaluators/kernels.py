@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from evaluators.graph import SCOPE, scope_of
+
 
 def kernel_of(width: int, native: Sequence[int]) -> str:
     """The kernel that runs a bit-width: `f32`, `bf16`, `i8`, `i4`, ... of the next one that is native."""
@@ -16,7 +18,9 @@ def fell_back(bits: Mapping[str, int], kernels: Mapping[str, str], native: Seque
     """Layers that run in another type than asked for, with both, such as `f32 instead of i8`.
 
     Narrower than asked for counts as well: a float32 layer that silently runs in bfloat16 flatters the
-    base. A layer that is not in the profile was removed or merged with another one; see `unseen`.
+    base. So does a layer whose weight is not in the file under its name (it is computed anew in every pass,
+    say), by the kernel of the node that runs it. Any other layer that is not in the profile was removed or
+    merged with another one; see `unseen`.
 
     Args:
         bits: asked for, by layer.
@@ -24,10 +28,10 @@ def fell_back(bits: Mapping[str, int], kernels: Mapping[str, str], native: Seque
         native: bit-widths of the target's capabilities.
     """
     asked = {layer: kernel_of(width, native) for layer, width in bits.items()}
+    nameless = {scope_of(name): kind for name, kind in kernels.items() if name.startswith(SCOPE)}
+    found = {layer: kernels.get(layer, nameless.get(layer, kind)) for layer, kind in asked.items()}
     return {
-        layer: f"{kernels[layer]} instead of {kind}"
-        for layer, kind in asked.items()
-        if kernels.get(layer, kind) != kind
+        layer: f"{found[layer]} instead of {kind}" for layer, kind in asked.items() if found[layer] != kind
     }
 
 

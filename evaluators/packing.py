@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from evaluators.graph import PREFIX, SUFFIX
+from evaluators.graph import PREFIX, SUFFIX, output_axis
 from evaluators.rewriting import constant, copied, replace_nodes, without_unread
 from spaces.methods.codebook import powers_of_two
 
@@ -28,7 +28,8 @@ class _Indexed:
     """A constant as indices `(n,)` into its distinct values, of `bits` bits each.
 
     Attributes:
-        powers: `(O, 1, ...)`: what the values of each output channel are multiplied by; None for 1.
+        powers: what the values of each output channel are multiplied by, with the sides of the tensor, all
+            others 1; None for 1.
     """
 
     tensor: onnx.TensorProto
@@ -101,7 +102,8 @@ def byte_table(width: int) -> NDArray[np.uint8]:
 def _layer(name: str) -> str | None:
     """The layer that a constant is the weight of; scales and zero points are not."""
     module, suffix, ending = name.removeprefix(PREFIX).rpartition(SUFFIX)
-    return module if suffix and name.startswith(PREFIX) and ending in ("", "_s8", "_bf16") else None
+    known = ending.removeprefix("_t") in ("", "_s8", "_bf16")
+    return module if suffix and name.startswith(PREFIX) and known else None
 
 
 def _indexed(tensor: onnx.TensorProto) -> _Indexed | None:
@@ -111,7 +113,9 @@ def _indexed(tensor: onnx.TensorProto) -> _Indexed | None:
     array = numpy_helper.to_array(tensor)
     ways = [_distinct(tensor, array, None)]
     if tensor.data_type != TensorProto.INT8 and array.ndim > 1:
-        powers = powers_of_two(torch.from_numpy(array.astype(np.float32))).numpy().astype(array.dtype)
+        outputs_first = np.moveaxis(array.astype(np.float32), output_axis(tensor.name), 0)
+        powers = powers_of_two(torch.from_numpy(outputs_first)).numpy().astype(array.dtype)
+        powers = np.moveaxis(powers, 0, output_axis(tensor.name))
         ways.append(_distinct(tensor, array / powers, powers))
     best = max(filter(None, ways), key=lambda way: way.saved, default=None)
     return best if best is not None and best.saved > 0 else None

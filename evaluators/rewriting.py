@@ -49,7 +49,7 @@ def _duplicate(node: onnx.NodeProto) -> onnx.NodeProto:
 
 
 def without_unread(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """Drop constants that nothing reads any more, with other names of them: they would count as size on disk."""
+    """Drop constants that nothing reads any more, and other names of theirs: they would count as size."""
     read = {name for node in graph.graph.node for name in node.input} | {o.name for o in graph.graph.output}
     stored = constants(graph)
     for node in [node for node in graph.graph.node if node.op_type == "Identity" and node.input[0] in stored]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from evaluators.graph import layer_of
+from evaluators.graph import layer_of, output_axis
 from evaluators.integers import quantized
 from evaluators.precision import stored_in_bfloat16
 from evaluators.rewriting import constants, copied, replace_nodes, without_unread
@@ -137,12 +138,18 @@ def few_levels(
     tensors = constants(lowered)
     nodes: list[onnx.NodeProto] = []
     added: list[onnx.TensorProto] = []
+    calls: Counter[str] = Counter()
+    weights: dict[str, str] = {}
     for node in lowered.graph.node:
-        layer = layer_of(node)
+        layer, name = layer_of(node), node.input[1] if len(node.input) > 1 else ""
         if layer in bits and layer is not None:
-            node.input[0] = _rounded(node.input[0], layer, ranges[layer].read, bits[layer], nodes, added)
+            named = f"{layer}#{calls[layer]}" if calls[layer] else layer  # it may be shared by levels
+            calls[layer] += 1
+            node.input[0] = _rounded(node.input[0], named, ranges[layer].read, bits[layer], nodes, added)
             learned = ranges[layer] if ranges[layer].weight_scales else None
-            node.input[1] = _few_weights(tensors[node.input[1]], bits[layer], learned, nodes, added)
+            if name not in weights:
+                weights[name] = _few_weights(tensors[name], bits[layer], learned, nodes, added)
+            node.input[1] = weights[name]
         nodes.append(node)
     replace_nodes(lowered, nodes)
     lowered.graph.initializer.extend(added)
@@ -151,7 +158,7 @@ def few_levels(
 
 def _rounded(
     source: str,
-    layer: str,
+    named: str,
     span: Range,
     bits: int,
     nodes: list[onnx.NodeProto],
@@ -161,10 +168,10 @@ def _rounded(
     scale = (span.high - span.low) / (2**bits - 1)
     zero = int(np.clip(round(-span.low / scale), 0, 2**bits - 1))
     ends = (-zero * scale, (2**bits - 1 - zero) * scale)
-    names = [f"{layer}_{part}" for part in ("low", "high", "scale", "zero")]
+    names = [f"{named}_{part}" for part in ("low", "high", "scale", "zero")]
     values = [np.array(x, np.float32) for x in (*ends, scale)] + [np.array(zero, np.uint8)]
     added += [numpy_helper.from_array(value, name) for value, name in zip(values, names, strict=True)]
-    cut, whole, back = (f"{layer}_{part}" for part in ("cut", "whole", "read"))
+    cut, whole, back = (f"{named}_{part}" for part in ("cut", "whole", "read"))
     nodes.append(helper.make_node("Clip", [source, names[0], names[1]], [cut]))
     nodes.append(helper.make_node("QuantizeLinear", [cut, *names[2:]], [whole]))
     nodes.append(helper.make_node("DequantizeLinear", [whole, *names[2:]], [back]))
@@ -179,16 +186,17 @@ def _few_weights(
     added: list[onnx.TensorProto],
 ) -> str:
     """The name of a weight's dequantised form."""
-    weight = numpy_helper.to_array(tensor)
+    weight, axis = numpy_helper.to_array(tensor), output_axis(tensor.name)
     most = 2 ** (bits - 1) - 1
-    largest = np.abs(weight).reshape(weight.shape[0], -1).max(axis=1)
+    largest = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1).max(axis=1)
     scale = np.maximum(largest / most, 1e-12).astype(np.float32)
     if learned is not None:
         most, scale = learned.largest, np.array(learned.weight_scales, np.float32)
-    levels = np.clip(np.round(weight / scale.reshape(-1, *(1,) * (weight.ndim - 1))), -most, most)
+    shape = (1,) * axis + (-1,) + (1,) * (weight.ndim - 1 - axis)
+    levels = np.clip(np.round(weight / scale.reshape(shape)), -most, most)
     kind = ml_dtypes.int4 if bits <= 4 else np.int8
     stored, scales, result = (f"{tensor.name}_{part}" for part in ("levels", "scale", "dequantized"))
     added.append(numpy_helper.from_array(levels.astype(kind), stored))
     added.append(numpy_helper.from_array(scale, scales))
-    nodes.append(helper.make_node("DequantizeLinear", [stored, scales], [result], axis=0))
+    nodes.append(helper.make_node("DequantizeLinear", [stored, scales], [result], axis=axis))
     return result

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from evaluators.graph import MODEL_FILE, layer_nodes, layer_outputs, tensor_part
+from evaluators.graph import MODEL_FILE, fused_names, layer_nodes, layer_outputs, tensor_part
 from evaluators.packing import packed
 from evaluators.targets.base import Lowered, TensorPart, Written
 from spaces.capabilities import Capabilities
@@ -87,19 +87,20 @@ def by_layer(model: Path, profile: Mapping[str, str]) -> dict[str, str]:
     """Executed precisions by layer, out of those by the names in an engine's profile.
 
     Engines name a kernel after the node that it was made of, or after what it produces, with an ending of
-    their own, so the longest such name that begins a kernel's name is taken. A layer that runs several times
-    shows the widest type.
+    their own, so the longest such name that begins a kernel's name is taken. Or they name it after the last
+    operation that they took into it. A layer that runs several times shows the widest type.
     """
     if model.suffix != ".onnx":
         return dict(profile)
     graph = onnx.load(model)
     nodes = layer_nodes(graph)
+    exact = fused_names(graph, nodes)
     nodes |= layer_outputs(graph, nodes)
     longest_first = sorted(nodes, key=len, reverse=True)
     found: dict[str, str] = {}
     for kernel, kind in profile.items():
         node = next((node for node in longest_first if kernel.startswith(node)), None)
-        name = kernel if node is None else nodes[node]
+        name = exact.get(kernel, kernel if node is None else nodes[node])
         found[name] = min(kind, found.get(name, kind), key=_width)
     return found
 

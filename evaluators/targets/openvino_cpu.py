@@ -29,6 +29,8 @@ KERNELS = {
     *("FullyConnectedQuantized", "FullyConnectedQuantizedLegacy", "FullyConnectedCompressed"),
 }
 """The plugin's names of convolutions and products."""
+APART = "/WithoutBiases"
+"""What it adds to the name of a convolution."""
 
 
 @cache
@@ -126,7 +128,7 @@ class OpenVinoSession:
         shape = request.get_input_tensor(0).shape
         request.infer([np.zeros(shape, np.float32)])
         profile = {
-            info.node_name: _precision(info.exec_type)
+            info.node_name.removesuffix(APART): _precision(info.exec_type)
             for info in request.get_profiling_info()
             if info.node_type in KERNELS and info.status.name == "EXECUTED"
         }

@@ -35,6 +35,8 @@ def test_what_falls_back_is_named_with_both_types() -> None:
         "d": "i8 instead of i4",
     }
     assert unseen(bits, kernels) == ["gone"]
+    nameless = {"/network/a/a.0/Conv": "f32", "/network/b/b.0/Conv": "i8"}
+    assert fell_back({"a.0": 8, "b.0": 8, "gone": 8}, nameless, cpu) == {"a.0": "f32 instead of i8"}
 
 
 def shared_convolution(path: Path) -> Path:
