@@ -18,7 +18,10 @@ from spaces.detectors.base import Category, Detector
 from spaces.detectors.classes import with_classes_of
 from spaces.errors import InputError
 
-_WRAPPERS = ("ema", "model", "state_dict")  # keys under which training programs keep the state_dict
+_WRAPPERS = ("ema", "model", "state_dict", "model_state_dict", "module")
+"""Keys under which training programs keep the state_dict, one in another."""
+_PARALLEL = "module."
+"""What torch's wrappers for several devices put before every name."""
 
 
 class MixedFileError(InputError):
@@ -35,7 +38,8 @@ def load_weights(
     """Put the weights of a file into `network`, all of them or none.
 
     Reads `.safetensors`, and PyTorch files (`.pth`, `.pt`, with `weights_only=True`) that hold a state_dict,
-    bare or under `ema`, `model` or `state_dict`. Half-precision weights become those of the network, and
+    bare or under `ema`, `model`, `state_dict` and the like; `module.` before every name is taken off.
+    Half-precision weights become those of the network, and
     names of older versions of torchvision those of today. Where files hold parts that a network does not run,
     it says so by `spare_weights`, the beginnings of names; where inner layers depend on the number of
     classes, by `class_branch`, the same for these, and by `class_rows`, a tensor with a row for each class.
@@ -135,14 +139,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise MixedFileError("checkpoint", str(path), remedy) from None
     except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
         raise InputError("checkpoint", str(path), "is no weights file, or a damaged one") from None
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    while isinstance(content, Mapping):
+        inner = next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None)
+        if inner is None:
             break
+        content = content[inner]
     if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
         raise InputError(
             "checkpoint", str(path), f"holds no state_dict, bare or under {', '.join(_WRAPPERS)}"
         )
+    if content and all(name.startswith(_PARALLEL) for name in content):
+        return {name.removeprefix(_PARALLEL): value for name, value in content.items()}
     return dict(content)
 
 

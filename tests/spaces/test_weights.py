@@ -23,11 +23,19 @@ def assert_equal(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "ema", "state_dict"])
+@pytest.mark.parametrize("wrapper", [None, "model", "ema", "state_dict", "model_state_dict"])
 def test_pytorch_files_load(tmp_path: Path, wrapper: str | None) -> None:
     source, target = network(), network()
     state = source.state_dict()
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth")
+    assert_equal(source, target)
+
+
+def test_names_of_several_devices_and_nested_files_load(tmp_path: Path) -> None:
+    source, target = network(), network()
+    state = {f"module.{name}": value for name, value in source.state_dict().items()}
+    torch.save({"ema": {"module": state, "updates": 7}, "epoch": 3}, tmp_path / "w.pth")
     load_weights(target, tmp_path / "w.pth")
     assert_equal(source, target)
 
