@@ -38,11 +38,11 @@ def load_weights(
     """Put the weights of a file into `network`, all of them or none.
 
     Reads `.safetensors`, and PyTorch files (`.pth`, `.pt`, with `weights_only=True`) that hold a state_dict,
-    bare or under `ema`, `model`, `state_dict` and the like; `module.` before every name is taken off.
-    Half-precision weights become those of the network, and
-    names of older versions of torchvision those of today. Where files hold parts that a network does not run,
-    it says so by `spare_weights`, the beginnings of names; where inner layers depend on the number of
-    classes, by `class_branch`, the same for these, and by `class_rows`, a tensor with a row for each class.
+    bare or under `ema`, `model`, `state_dict` and the like; `module.` before every name is taken off where
+    the network has none. Half-precision weights become those of the network, and names of older versions of
+    torchvision those of today. Where files hold parts that a network does not run, it says so by
+    `spare_weights`, the beginnings of names; where inner layers depend on the number of classes, by
+    `class_branch`, the same for these, and by `class_rows`, a tensor with a row for each class.
 
     Args:
         network: takes the weights.
@@ -58,6 +58,8 @@ def load_weights(
     spare: tuple[str, ...] = getattr(network, "spare_weights", ())
     weights = {name: value for name, value in read_weights(path).items() if not name.startswith(spare)}
     expected = network.state_dict()
+    if not weights.keys() & expected.keys() and all(name.startswith(_PARALLEL) for name in weights):
+        weights = {name.removeprefix(_PARALLEL): value for name, value in weights.items()}
     if weights.keys() - expected.keys():
         weights = _with_new_names(network, weights)
     if detector is not None:
@@ -148,8 +150,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(
             "checkpoint", str(path), f"holds no state_dict, bare or under {', '.join(_WRAPPERS)}"
         )
-    if content and all(name.startswith(_PARALLEL) for name in content):
-        return {name.removeprefix(_PARALLEL): value for name, value in content.items()}
     return dict(content)
 
 

@@ -40,6 +40,13 @@ def test_names_of_several_devices_and_nested_files_load(tmp_path: Path) -> None:
     assert_equal(source, target)
 
 
+def test_a_network_in_a_module_called_module_loads_its_own(tmp_path: Path) -> None:
+    source, target = (nn.ModuleDict({"module": nn.Conv2d(3, 4, 1)}) for _ in range(2))
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    load_weights(target, tmp_path / "w.pth")
+    assert_equal(source, target)
+
+
 def test_safetensors_make_the_round_trip(tmp_path: Path) -> None:
     source, target = network(), network()
     save_weights(source, tmp_path / "new" / "w.safetensors")
