@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from evaluators.datasets.letterbox import LetterboxedImages
@@ -36,10 +37,19 @@ def recalibrate_norms(
     So do the statistics of the norms in `kept`.
     """
     count = min(limit, len(images))
-    chunks = np.split(np.arange(count), range(batch_size, count, batch_size))
-    if len(chunks) > 1 and len(chunks[-1]) == 1:  # a norm behind a global pool has no variance of one image
-        chunks[-2:] = [np.concatenate(chunks[-2:])]
+    chunks = norm_chunks(count, batch_size)
     measure_norms(network, (batch_of(images, detector, chunk, mirrored=False) for chunk in chunks), kept)
+
+
+def norm_chunks(count: int, batch_size: int) -> list[NDArray[np.int64]]:
+    """Indices of `count` images in batches; a last one alone joins the batch before it.
+
+    A norm behind a global pool has no variance of a single image.
+    """
+    chunks = np.split(np.arange(count), range(batch_size, count, batch_size))
+    if len(chunks) > 1 and len(chunks[-1]) == 1:
+        chunks[-2:] = [np.concatenate(chunks[-2:])]
+    return chunks
 
 
 def measure_norms(network: nn.Module, batches: Iterable[Tensor], kept: Collection[nn.Module] = ()) -> None:

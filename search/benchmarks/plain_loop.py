@@ -26,7 +26,7 @@ from evaluators.finetune import (
     mirrored_labels,
     schedule,
 )
-from evaluators.norms import BEFORE_TRAINING, measure_norms
+from evaluators.norms import BEFORE_TRAINING, measure_norms, norm_chunks
 from evaluators.training_state import TrainingState
 from spaces.detectors.base import Labels
 
@@ -65,8 +65,7 @@ def plain_fine_tune(network: nn.Module, bench: Bench, plan: FineTunePlan, seed: 
     """
     files = ImageFiles(bench)
     batch_size = min(plan.batch_size, len(files))
-    norm_images = np.arange(min(BEFORE_TRAINING, len(files)))
-    chunks = [norm_images[k : k + batch_size] for k in range(0, len(norm_images), batch_size)]
+    chunks = norm_chunks(min(BEFORE_TRAINING, len(files)), batch_size)
     measure_norms(network, (images for images, _ in batches_of(files, chunks)))
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
