@@ -75,11 +75,7 @@ def layer_outputs(graph: onnx.ModelProto, nodes: Mapping[str, str]) -> dict[str,
         graph: lowered or not.
         nodes: of `layer_nodes`.
     """
-    readers = defaultdict(list)
-    for node in graph.graph.node:
-        for name in node.input:
-            readers[name].append(node)
-    found = {}
+    readers, found = _readers(graph), {}
     for node in graph.graph.node:
         layer = nodes.get(node.name)
         if layer is None:
@@ -116,11 +112,7 @@ def fused_names(graph: onnx.ModelProto, nodes: Mapping[str, str]) -> dict[str, s
 
 def biased(graph: onnx.ModelProto) -> dict[str, str]:
     """What layers write that are a product and an addition of a bias, by what the product writes."""
-    readers = defaultdict(list)
-    for node in graph.graph.node:
-        for name in node.input:
-            readers[name].append(node)
-    found = {}
+    readers, found = _readers(graph), {}
     for node in graph.graph.node:
         after = readers[node.output[0]] if node.op_type == "MatMul" else []
         if (
@@ -130,6 +122,15 @@ def biased(graph: onnx.ModelProto) -> dict[str, str]:
         ):
             found[node.output[0]] = after[0].output[0]
     return found
+
+
+def _readers(graph: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor."""
+    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+    for node in graph.graph.node:
+        for name in node.input:
+            readers[name].append(node)
+    return readers
 
 
 def _of_weight(name: str) -> bool:
