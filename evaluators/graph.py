@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
+import numpy as np
 import onnx
 
 MODEL_FILE = "model.onnx"
@@ -34,6 +35,11 @@ def layer_of(node: onnx.NodeProto) -> str | None:
 def output_axis(weight: str) -> int:
     """The axis of a weight, or of what it is stored as, that holds a layer's output channels; by its name."""
     return 1 if TURNED in weight else 0
+
+
+def by_output(values: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
+    """Values `(O,)` of the output channels along an axis, with the sides of a weight, all others 1."""
+    return values.reshape([-1 if side == axis else 1 for side in range(weight.ndim)])
 
 
 def scope_of(node: str) -> str:
@@ -75,7 +81,7 @@ def layer_outputs(graph: onnx.ModelProto, nodes: Mapping[str, str]) -> dict[str,
         graph: lowered or not.
         nodes: of `layer_nodes`.
     """
-    readers, found = _readers(graph), {}
+    readers, found = readers_of(graph), {}
     for node in graph.graph.node:
         layer = nodes.get(node.name)
         if layer is None:
@@ -112,7 +118,7 @@ def fused_names(graph: onnx.ModelProto, nodes: Mapping[str, str]) -> dict[str, s
 
 def biased(graph: onnx.ModelProto) -> dict[str, str]:
     """What layers write that are a product and an addition of a bias, by what the product writes."""
-    readers, found = _readers(graph), {}
+    readers, found = readers_of(graph), {}
     for node in graph.graph.node:
         after = readers[node.output[0]] if node.op_type == "MatMul" else []
         if (
@@ -124,9 +130,9 @@ def biased(graph: onnx.ModelProto) -> dict[str, str]:
     return found
 
 
-def _readers(graph: onnx.ModelProto) -> dict[str, list[onnx.NodeProto]]:
-    """The nodes that read each tensor."""
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
+def readers_of(graph: onnx.ModelProto) -> defaultdict[str, list[onnx.NodeProto]]:
+    """The nodes that read each tensor; none of one that nothing reads."""
+    readers: defaultdict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.graph.node:
         for name in node.input:
             readers[name].append(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from evaluators.graph import SCOPE, biased, layer_of, output_axis
+from evaluators.graph import SCOPE, biased, by_output, layer_of, output_axis, readers_of
 from evaluators.rewriting import constant, constants, copied, replace_nodes, without_unread
 
 if TYPE_CHECKING:  # torch is behind it
@@ -161,8 +160,8 @@ class _Writer:
             scale = weight_scales(np.moveaxis(weight, axis, 0), levels)
             if ranges.weight_scales:  # learned, perhaps on a CPU that bears more levels
                 scale = np.array(ranges.weight_scales, np.float32) * np.float32(ranges.largest / levels)
-            shape = (1,) * axis + (-1,) + (1,) * (weight.ndim - 1 - axis)
-            integers = np.clip(np.round(weight / scale.reshape(shape)), -levels, levels).astype(np.int8)
+            rounded = np.round(weight / by_output(scale, weight, axis))
+            integers = np.clip(rounded, -levels, levels).astype(np.int8)
             names = [
                 constant(self._graph, f"{name}_s8", integers),
                 constant(self._graph, f"{name}{ending}_scale", (scale * factors).astype(np.float32)),
@@ -276,10 +275,7 @@ def written_apart(graph: onnx.ModelProto, layers: Collection[str]) -> frozenset[
     Other layers in integers do not, for their kernels have one scale for all channels that they read. Nor do
     the readers of a product whose bias is added by an operation of its own.
     """
-    readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
-    for node in graph.graph.node:
-        for name in node.input:
-            readers[name].append(node)
+    readers = readers_of(graph)
 
     def bears(node: onnx.NodeProto) -> bool:
         if node.op_type == "Sigmoid":

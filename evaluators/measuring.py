@@ -141,14 +141,14 @@ class Measuring:
             ParityError: one of them does not compute what the network does; says which.
         """
         bench, images = self.bench, self.bench.timing_inputs
-        simple = bench.whole(draft.network, recipe)
         # A copy, for the network itself is trained on later, in whatever mode it is now.
-        whole = WholeDetector(deepcopy(draft.network), bench.detector, simple.postprocess, bench.categories)
+        whole = WholeDetector(deepcopy(draft.network), bench.detector, bench.postprocess, bench.categories)
         trained = TorchSession(whole)
         try:
             require_parity(session, trained, images)
         except ParityError:
-            require_parity(TorchSession(simple), trained, images, NOT_SIMPLIFIED)
+            simple = TorchSession(bench.whole(draft.network, recipe))
+            require_parity(simple, trained, images, NOT_SIMPLIFIED)
             raise
 
     def _metrics(

@@ -6,7 +6,7 @@ import ml_dtypes
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from evaluators.graph import layer_of
+from evaluators.graph import layer_of, readers_of
 from evaluators.rewriting import constants, copied, replace_nodes, without_unread
 
 FOLLOWERS = {"Sigmoid", "Mul", "Add", "Relu", "HardSwish", "HardSigmoid", "Clip", "LeakyRelu", "Concat"}
@@ -76,10 +76,7 @@ def stored_in_bfloat16(graph: onnx.ModelProto, layers: frozenset[str]) -> onnx.M
 def _bfloat16_nodes(graph: onnx.ModelProto, layers: frozenset[str]) -> set[str]:
     """Outputs (as keys) of the nodes that run in bfloat16."""
     producers = {name: node for node in graph.graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    readers = readers_of(graph)
     ends = {output.name for output in graph.graph.output}
     inner = [n for n in graph.graph.node if ends.isdisjoint(n.output)]
     chosen = {_key(n) for n in inner if layer_of(n) in layers}
@@ -95,9 +92,7 @@ def _bfloat16_nodes(graph: onnx.ModelProto, layers: frozenset[str]) -> set[str]:
                 continue
             sources = [producers[name] for name in _values(node) if name in producers]
             tensors = [s for s in sources if s.op_type != "Constant"]
-            around = {_key(n) for n in tensors} | {
-                _key(n) for name in node.output for n in readers.get(name, [])
-            }
+            around = {_key(n) for n in tensors} | {_key(n) for name in node.output for n in readers[name]}
             inside = chosen | joined
             if not tensors or not all(_key(s) in inside for s in tensors) or not around & inside:
                 joined.discard(_key(node))

@@ -23,7 +23,15 @@ from search.judge import base_evaluation, reference_of
 from search.knowledge import LatencyLearner, latency_learner
 from search.parts import RungRule, Verdict
 from search.study import SearchStudy
-from search.trials import DUPLICATE_OF, REASON, TrialWriter, evaluation_of, rung_figures, rung_maps
+from search.trials import (
+    DUPLICATE_OF,
+    REASON,
+    TrialWriter,
+    best_figures,
+    evaluation_of,
+    rung_figures,
+    rung_maps,
+)
 from spaces.table import SpaceTable
 
 COMPANY = 8
@@ -119,7 +127,7 @@ class HalvingRule:
         peers = [t for t in trials if t.number != trial.number and _has_come(t, rung.epochs)]
         best = max([rung.figures["map"], *rung_maps(trial).values()])
         own = {**rung.figures, "map": best}
-        there = [rung_figures(p)[rung.epochs] | {"map": rung_maps(p)[rung.epochs]} for p in peers] + [own]
+        there = [best_figures(peer)[rung.epochs] for peer in peers] + [own]
         ratios = self.ratios(trials, [*peers, trial])
         known: dict[str, float] = {} if ratios is None else {"latency_ratio": float(ratios[-1])}
         after = "before training" if rung.epochs == 0 else f"after epoch {rung.epochs}"

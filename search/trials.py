@@ -61,14 +61,20 @@ def rung_figures(trial: FrozenTrial) -> dict[int, dict[str, float]]:
     return dict(sorted(found.items()))
 
 
-def rung_maps(trial: FrozenTrial) -> dict[int, float]:
-    """The best mAP up to each rung.
+def best_figures(trial: FrozenTrial) -> dict[int, dict[str, float]]:
+    """Figures by rung, with the best mAP up to there in the place of the rung's own.
 
     While steps are large, training shakes what needed no repair: a mild candidate may lose 3 AP points at the
     second rung that it has back in the end, and would look worse there than what was pruned.
     """
-    maps = {epochs: figures["map"] for epochs, figures in rung_figures(trial).items()}
-    return dict(zip(maps, accumulate(maps.values(), max), strict=True))
+    figures = rung_figures(trial)
+    best = accumulate((one["map"] for one in figures.values()), max)
+    return {epochs: {**one, "map": map_} for (epochs, one), map_ in zip(figures.items(), best, strict=True)}
+
+
+def rung_maps(trial: FrozenTrial) -> dict[int, float]:
+    """The best mAP up to each rung."""
+    return {epochs: figures["map"] for epochs, figures in best_figures(trial).items()}
 
 
 def counts(trial: FrozenTrial) -> bool:

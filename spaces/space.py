@@ -89,9 +89,8 @@ class Parameter:
         try:
             return position_in(self.values, value)
         except ValueError:
-            pass
-        shown = ", ".join(v if isinstance(v, str) else f"{v:g}" for v in self.values)
-        raise InputError(self.name, value, f"choose one of {shown}")
+            shown = ", ".join(v if isinstance(v, str) else f"{v:g}" for v in self.values)
+            raise InputError(self.name, value, f"choose one of {shown}") from None
 
 
 def position_in(values: Sequence[Value], value: Value) -> int:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evaluators.datasets import coco, yolo
 from evaluators.datasets.digits import write_digits
-from evaluators.datasets.split import DetectionSplit, ImageRecord, joined
+from evaluators.datasets.split import DetectionSplit, ImageRecord, is_object, joined
 from spaces.errors import InputError
 
 ROLES = ("fit", "select", "report")
@@ -174,7 +174,7 @@ def _with_objects_on_both_sides(
 
     Only where few images have some does it differ from the order given.
     """
-    objects = {one["image_id"] for one in whole.annotations}
+    objects = {one["image_id"] for one in whole.annotations if is_object(one)}
     there = [k for k, image in enumerate(ordered) if image.id in objects]
     if len(there) < 2:
         return ordered

@@ -16,7 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from evaluators.graph import layer_of, output_axis
+from evaluators.graph import by_output, layer_of, output_axis
 from evaluators.integers import quantized
 from evaluators.precision import stored_in_bfloat16
 from evaluators.rewriting import constants, copied, replace_nodes, without_unread
@@ -192,8 +192,7 @@ def _few_weights(
     scale = np.maximum(largest / most, 1e-12).astype(np.float32)
     if learned is not None:
         most, scale = learned.largest, np.array(learned.weight_scales, np.float32)
-    shape = (1,) * axis + (-1,) + (1,) * (weight.ndim - 1 - axis)
-    levels = np.clip(np.round(weight / scale.reshape(shape)), -most, most)
+    levels = np.clip(np.round(weight / by_output(scale, weight, axis)), -most, most)
     kind = ml_dtypes.int4 if bits <= 4 else np.int8
     stored, scales, result = (f"{tensor.name}_{part}" for part in ("levels", "scale", "dequantized"))
     added.append(numpy_helper.from_array(levels.astype(kind), stored))

@@ -19,6 +19,9 @@ from search.benchmarks.sleepers import Work, WorkerTime, share_at
 SHARE, SPEED_UP, FIRST_JOB_S = 0.95, 1.8, 20.0
 ASK_AND_TELL_S, FRONT_S, RESUME_S = 0.5, 5.0, 30.0
 
+FIELDS = {"workers": "sleepers", "first-job": "first_job", "trials": "many", "simulation": "simulated"}
+"""Of `Overhead`, by the part that fills them."""
+
 
 @dataclass
 class Overhead:
@@ -47,20 +50,8 @@ class Overhead:
 
     def begin(self, part: str, facts: Mapping[str, str]) -> None:
         """Forget what was measured of a part, which is measured now."""
-        self.commands[part] = _command_in(facts)
-        match part:
-            case "workers":
-                self.sleepers = {}
-            case "first-job":
-                self.first_job = []
-            case "trials":
-                self.many = []
-            case "simulation":
-                self.simulated = {}
-
-
-def _command_in(facts: Mapping[str, str]) -> str:
-    return f"{facts['command']} ({facts['date']})"
+        self.commands[part] = f"{facts['command']} ({facts['date']})"
+        getattr(self, FIELDS[part]).clear()
 
 
 def measured_before(file: Path, facts: Mapping[str, str], parameters: int) -> Overhead | None:
@@ -82,10 +73,6 @@ def measured_before(file: Path, facts: Mapping[str, str], parameters: int) -> Ov
     same = all(before.get(key) == value for key, value in facts.items() if key not in ("command", "date"))
     if not same or found.parameters != parameters:
         return None
-    if "command" in before:  # of a report whose parts were measured by one command
-        measured = {"workers": found.sleepers, "first-job": found.first_job}
-        measured |= {"trials": found.many, "simulation": found.simulated}
-        found.commands = {part: _command_in(before) for part, figures in measured.items() if figures}
     return found
 
 

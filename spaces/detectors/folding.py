@@ -63,7 +63,7 @@ def fold_norms(network: nn.Module) -> None:
 def _produced(layer: nn.Module) -> int:
     """Channels that a convolution puts out, 0 for anything else."""
     last = layer[-1] if isinstance(layer, Factors) else layer
-    return last.out_channels if isinstance(last, nn.Conv2d) and type(last) is nn.Conv2d else 0
+    return last.out_channels if type(last) is nn.Conv2d else 0
 
 
 def _channels(norm: nn.Module) -> int:

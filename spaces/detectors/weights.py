@@ -107,15 +107,15 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
     What a network has under two names, a layer that two heads share, is written under both.
     """
+    apart: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in tensors.items():  # safetensors refuses tensors that share memory
-        if value.data_ptr() in seen:
-            tensors = tensors | {name: value.clone()}
+        apart[name] = value.clone() if value.data_ptr() in seen else value
         seen.add(value.data_ptr())
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        draft.write_bytes(save(tensors))  # save_file would make a file that only its owner can read
+        draft.write_bytes(save(apart))  # save_file would make a file that only its owner can read
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
