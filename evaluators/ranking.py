@@ -19,6 +19,7 @@ from spaces.errors import InputError
 
 Direction = Literal["maximize", "minimize"]
 Operator = Literal["<=", ">="]
+LossesFrom = Literal["trained", "given"]
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,19 @@ class Problem(BaseModel):
     Limits are `{"latency_ms": ("<=", 8.0), "map_drop": ("<=", 1.0)}`; configurations may write them
     shorter, as `max_latency_ms: 8.0`, `min_map: 30.0`, `max_map_drop: 1.0`. They are kept in the longer
     form, in the order of their names, whatever was given.
+
+    Attributes:
+        objectives: names of `OBJECTIVES`.
+        limits: bounds by name.
+        losses_from: the base that `map_drop` counts from: `trained`, by a candidate's own budget where that
+            gains, so that nobody is praised for what mere training gives; or `given`, as it came.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     objectives: tuple[str, ...] = ("map", "latency_ms")
     limits: dict[str, tuple[Operator, float]] = Field(default_factory=dict)
+    losses_from: LossesFrom = "trained"
 
     @field_validator("objectives")
     @classmethod
@@ -139,6 +147,15 @@ class Problem(BaseModel):
             excess = value - bound if operator == "<=" else bound - value
             excesses.append(round(excess / (abs(bound) or 1.0), 9))
         return excesses
+
+    def allowed_loss(self, base_map: float) -> float:
+        """AP points below a base that the limits allow to lose; infinity without such a limit."""
+        allowed = [math.inf]
+        if MAP_DROP in self.limits and self.limits[MAP_DROP][0] == "<=":
+            allowed.append(self.limits[MAP_DROP][1])
+        if "map" in self.limits and self.limits["map"][0] == ">=":
+            allowed.append(base_map - self.limits["map"][1])
+        return min(allowed)
 
     def feasible(self, evaluation: Evaluation, base: Evaluation) -> bool:
         """Whether every limit is kept."""

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluators.evaluation import Evaluation
 from search.judge import reference_of
 from search.knowledge import Finished, Positions, figures_of
 from search.loss_model import LossModel, fit_loss
@@ -33,7 +34,7 @@ class Experience:
         stopped_at: the same of each of them; the last rung is where it was stopped.
         pending: positions `(K, P)` of the trials that run now, or were interrupted and will go on.
         taken: positions of all of these as bytes, so that nothing is proposed twice.
-        reference: mAP that losses count from: the base's, trained further where that gains; None without it.
+        base: what was measured of it, if anything.
     """
 
     finished: Finished
@@ -42,7 +43,7 @@ class Experience:
     stopped_at: Sequence[dict[int, float]]
     pending: Options
     taken: frozenset[bytes]
-    reference: float | None = None
+    base: Evaluation | None = None
 
     def expected_maps(self, base_map: float) -> NDArray[np.float64]:
         """mAP `(S,)` that the stopped trials would have ended with.
@@ -76,7 +77,8 @@ def believed_loss(
         experience: with at least one finished trial.
     """
     finished = experience.finished
-    base_map = float(finished.map.max()) if experience.reference is None else experience.reference
+    base = experience.base
+    base_map = float(finished.map.max()) if base is None else reference_of(base).metrics["map"].value
     expected = experience.expected_maps(base_map)
     known = Finished(
         np.concatenate([finished.options, experience.stopped]),
@@ -91,7 +93,7 @@ def believed_loss(
 class _Read:
     options: NDArray[np.int64]
     figures: tuple[float, float] | None
-    reference: float | None
+    base: Evaluation | None
     rungs: dict[int, float]
 
 
@@ -132,7 +134,7 @@ class ExperienceReader:
             stopped_at=[read.rungs for read in stopped],
             pending=self._stacked(pending),
             taken=frozenset(taken),
-            reference=next((read.reference for read in finished if read.reference is not None), None),
+            base=next((read.base for read in finished if read.base is not None), None),
         )
 
     def _stacked(self, read: list[_Read]) -> Options:
@@ -147,8 +149,7 @@ class ExperienceReader:
             options = self._table.options([trial.params])[0]
             figures = figures_of(trial)
             base = evaluation_of(trial) if figures is not None and not options.any() else None
-            reference = None if base is None else reference_of(base).metrics["map"].value
-            read = _Read(options, figures, reference, rung_maps(trial))
+            read = _Read(options, figures, base, rung_maps(trial))
         if trial.state.is_finished():
             self._known[trial._trial_id] = read
         return read

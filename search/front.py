@@ -11,10 +11,10 @@ from typing import Any, Literal
 from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.evaluation import Evaluation
-from evaluators.ranking import Problem, front
+from evaluators.ranking import LossesFrom, Problem, front
 from search.expected_loss import expected_differences
 from search.heat_map import HeatMap
-from search.judge import gain_of_training_further, reference_of
+from search.judge import gain_of_training_further, losses_from, reference_of
 from search.report import FrontRow, TrialPoint, rows_to_json
 from search.retention import base_number, front_numbers
 from search.study import SearchStudy
@@ -38,7 +38,8 @@ class Front:
         base: the unchanged model.
         rows: the models of the front, the most accurate first; the base may be among them.
         trials: all finished candidates.
-        losses_against: mAP that losses count against, above the base's where it had not converged.
+        losses_against: mAP that losses count against: above the base's where it had not converged, unless
+            the problem says `losses_from: given`.
         remarks: lines that a reader of the figures must know.
     """
 
@@ -79,14 +80,15 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
         raise InputError("report", None, "nothing was measured on it yet; use paredown front --remeasure")
     base_evaluation = evaluations[number]
     scale = float(study.optuna.user_attrs.get(NEW_REFERENCE, {}).get("scale", 1.0))
-    reference = reference_of(base_evaluation)
+    counted_from = losses_from(study) if problem is None else problem.losses_from
+    reference = reference_of(base_evaluation, counted_from)
     chosen = (
         front_numbers(study) if problem is None else _front_within(study, problem, evaluations, reference)
     )
     rows = {
         n: _row(study, trials[n], evaluations[n], final, role, n == number, scale) for n in {*chosen, number}
     }
-    remarks = _remarks(base_evaluation, role, chosen, final)
+    remarks = _remarks(base_evaluation, counted_from, role, chosen, final)
     if not chosen:
         remarks.append("no trial keeps the limits; the base is shown")
     if role == "select":
@@ -107,7 +109,7 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
                 "left out, because another one proved at least as fast and as accurate when they were "
                 f"measured again: trial {', '.join(map(str, sorted(beaten)))}"
             )
-    gain = gain_of_training_further(base_evaluation) if role == "select" else 0.0
+    gain = reference.metrics["map"].value - base_evaluation.metrics["map"].value if role == "select" else 0.0
     if gain:  # the table's own differences are to the base as it is
         goal = rows[number].map + gain
         listed = [replace(r, note=f"{r.map - goal:+.1f} to trained base") for r in listed]
@@ -280,13 +282,15 @@ def _how_it_runs(evaluations: dict[int, Evaluation]) -> list[str]:
     return remarks
 
 
-def _remarks(base: Evaluation, role: Role, chosen: set[int], final: dict[str, Any]) -> list[str]:
+def _remarks(
+    base: Evaluation, counted_from: LossesFrom, role: Role, chosen: set[int], final: dict[str, Any]
+) -> list[str]:
     remarks = []
     gain = gain_of_training_further(base)
     if gain:
-        remarks.append(
-            f"the base was not converged: +{gain:.1f} AP with a candidate's budget; losses are against that"
-        )
+        counted = "that" if counted_from == "trained" else "the base as it came"
+        gains = f"the base was not converged: +{gain:.1f} AP with a candidate's budget"
+        remarks.append(f"{gains}; losses are against {counted}")
     missing = sorted(n for n in chosen if not _on_report(n, final))
     if final and missing:
         what = "are not shown" if role == "report" else "show their own measurement"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from evaluators.evaluation import Evaluation
-from evaluators.ranking import Problem
+from evaluators.ranking import LossesFrom, Problem
 from search.retention import base_number
-from search.study import SearchStudy
+from search.study import CONFIG, SearchStudy
 from search.trials import evaluation_of
 
 TRAINED_FURTHER = "map_trained_further"
@@ -16,8 +16,8 @@ CONVERGED_AP = 0.5
 class ProblemJudge:
     """A `search.parts.Judge`: objectives and limits of a problem, relative to the study's base.
 
-    Limits on the loss of mAP count against the base trained further where it had not converged: otherwise
-    candidates would be praised for what mere training gives.
+    Limits on the loss of mAP count against the base trained further where it had not converged, unless the
+    problem says `losses_from: given`.
     """
 
     def __init__(self, study: SearchStudy, problem: Problem) -> None:
@@ -32,7 +32,7 @@ class ProblemJudge:
             found = base_evaluation(self._study)
             if found is None:  # `evaluation` is the base
                 return self._problem.constraints(evaluation, evaluation)
-            self._base = reference_of(found)
+            self._base = reference_of(found, self._problem.losses_from)
         return self._problem.constraints(evaluation, self._base)
 
 
@@ -49,9 +49,22 @@ def gain_of_training_further(base: Evaluation) -> float:
     return gain if gain >= CONVERGED_AP else 0.0
 
 
-def reference_of(base: Evaluation) -> Evaluation:
-    """The base as losses are counted against it: with the mAP of further training where that gains."""
-    if not gain_of_training_further(base):
+def reference_of(base: Evaluation, counted_from: LossesFrom = "trained") -> Evaluation:
+    """The base that losses count from: with the mAP of further training where that gains, or as given."""
+    if counted_from == "given" or not gain_of_training_further(base):
         return base
     metrics = {**base.metrics, "map": base.metrics[TRAINED_FURTHER]}
     return base.model_copy(update={"metrics": metrics})
+
+
+def allowed_loss(problem: Problem, base: Evaluation) -> float:
+    """AP points below the trained base that the limits of a problem allow; infinity without such a limit."""
+    trained = reference_of(base).metrics["map"].value
+    counted = reference_of(base, problem.losses_from).metrics["map"].value
+    return problem.allowed_loss(counted) + trained - counted
+
+
+def losses_from(study: SearchStudy) -> LossesFrom:
+    """The base that the losses of a study count from, as it was last opened."""
+    problem = study.optuna.user_attrs.get(CONFIG, {}).get("problem", {})
+    return "given" if problem.get("losses_from") == "given" else "trained"

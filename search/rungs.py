@@ -16,10 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.jobs import Rung
-from evaluators.ranking import MAP_DROP, Problem, non_dominated_ranks
+from evaluators.ranking import Problem, non_dominated_ranks
 from search.config import KEEP
 from search.experience import ExperienceReader
-from search.judge import base_evaluation, reference_of
+from search.judge import allowed_loss, base_evaluation, reference_of
 from search.knowledge import LatencyLearner, latency_learner
 from search.parts import RungRule, Verdict
 from search.study import SearchStudy
@@ -176,22 +176,13 @@ class HalvingRule:
                 said = "predicted " if name.startswith("latency") else ""
                 return f"{said}{name} {facts[name]:.4g}, the limit is {bound:g}"
         base_map = reference_of(base).metrics["map"].value
-        allowed = self._allowed_loss(base_map)
+        allowed = allowed_loss(self.problem, base)
         if (
             math.isfinite(allowed)
             and (least := self._least_loss(trials, epochs, base_map, base_map - figures["map"])) > allowed
         ):
             return f"loses {least:.1f} AP even at the best recovery seen, the limit is {allowed:g}"
         return ""
-
-    def _allowed_loss(self, base_map: float) -> float:
-        """AP points that the limits allow to lose; infinity without such a limit."""
-        allowed = [math.inf]
-        if MAP_DROP in self.problem.limits and self.problem.limits[MAP_DROP][0] == "<=":
-            allowed.append(self.problem.limits[MAP_DROP][1])
-        if "map" in self.problem.limits and self.problem.limits["map"][0] == ">=":
-            allowed.append(base_map - self.problem.limits["map"][1])
-        return min(allowed)
 
     @staticmethod
     def _least_loss(trials: Sequence[FrozenTrial], epochs: int, base_map: float, loss: float) -> float:

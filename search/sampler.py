@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial
 
+from evaluators.evaluation import Evaluation
 from evaluators.latency_model import LatencyModel
-from evaluators.ranking import front
+from evaluators.ranking import Problem, front
 from search.experience import Experience, ExperienceReader, believed_loss
 from search.improvement import Reached
+from search.judge import allowed_loss
 from search.knowledge import Finished
 from search.linear_algebra import on_one_thread
 from search.loss_model import LossModel
@@ -54,7 +57,7 @@ class FrontSampler(BaseSampler):
         table: of the space.
         damage: `(P, O)` damage of single options, see `search.sensitivity`.
         relearn: makes the model of latency of probes and the finished trials, called before each proposal.
-        largest_loss: AP points; proposals expected to lose more are not made.
+        problem: proposals expected to lose more mAP than its limits allow are not made.
         seed: of everything random.
         mutations: share of proposals that mutate a member of the front; the others are solved for.
     """
@@ -64,12 +67,12 @@ class FrontSampler(BaseSampler):
         table: SpaceTable,
         damage: NDArray[np.float64],
         relearn: Callable[[Finished], LatencyModel],
-        largest_loss: float = LARGEST_LOSS,
+        problem: Problem | None = None,
         seed: int | None = None,
         mutations: float = MUTATIONS,
     ) -> None:
         self._table, self._damage, self._relearn = table, damage, relearn
-        self._largest_loss, self._mutations = largest_loss, mutations
+        self._problem, self._mutations = problem or Problem(), mutations
         self._random = np.random.default_rng(seed)
         self._fallback = RandomSampler(seed=seed)
         self._reader = ExperienceReader(table)
@@ -119,16 +122,23 @@ class FrontSampler(BaseSampler):
         model = self._relearn(finished)
         measured = np.stack([base_map - finished.map, finished.ratio], axis=1)
         predicted = np.stack([believed.of(experience.pending), model.predict(experience.pending)], axis=1)
-        parents = [k for k in front(measured) if finished.map.max() - finished.map[k] <= self._largest_loss]
+        largest = self._largest_loss(experience.base)
+        parents = [k for k in front(measured) if finished.map.max() - finished.map[k] <= largest]
         together = np.concatenate([measured, predicted])
         there = [k for k in front(together) if k in parents or k >= len(measured)]
         areas = own_areas(together[there])
         area = dict(zip(there, areas, strict=True))
         parents = [k for k in parents if k in area] or parents
         shares = np.array([area.get(k, 1.0) for k in parents])
-        free = min(UNTOLD, self._largest_loss / 4)
-        reached = Reached(together[:, 0], together[:, 1], self._largest_loss, free)
-        return _View(measured, finished.options, believed, model, reached, parents, shares / shares.sum())
+        reached = Reached(together[:, 0], together[:, 1], largest, min(UNTOLD, largest / 4))
+        return _View(
+            measured, finished.options, believed, model, largest, reached, parents, shares / shares.sum()
+        )
+
+    def _largest_loss(self, base: Evaluation | None) -> float:
+        """AP points below the trained base that proposals may be expected to lose."""
+        allowed = self._problem.allowed_loss(math.inf) if base is None else allowed_loss(self._problem, base)
+        return max(allowed, 0.0) if math.isfinite(allowed) else LARGEST_LOSS
 
     def _drawn(self, view: _View) -> LossModel:
         """What losses may be as well: each parameter's perturbed."""
@@ -136,7 +146,7 @@ class FrontSampler(BaseSampler):
         return LossModel(view.believed.damage, view.believed.loss * noise)
 
     def _solved(self, view: _View) -> NDArray[np.int64]:
-        path = damage_path(self._drawn(view).loss, view.model, self.starts(), limit=self._largest_loss)
+        path = damage_path(self._drawn(view).loss, view.model, self.starts(), limit=view.largest_loss)
         if not path:
             return self._mutated(view)
         losses = np.array([point.damage for point in path])
@@ -178,6 +188,7 @@ class _View:
         options: `(N, P)` of these.
         believed: losses of mAP.
         model: of latency.
+        largest_loss: AP points that a proposal may be expected to lose.
         reached: by them, and by those under way as they are predicted.
         parents: indices of the finished trials that may be mutated: those of the front.
         shares: how often each of them is.
@@ -187,6 +198,7 @@ class _View:
     options: NDArray[np.int64]
     believed: LossModel
     model: LatencyModel
+    largest_loss: float
     reached: Reached
     parents: list[int]
     shares: NDArray[np.float64]

@@ -13,7 +13,7 @@ from evaluators.bench import Bench
 from evaluators.jobs import Job
 from evaluators.ranking import Problem
 from search.knowledge import PROBE, finished_trials, latency_learner, measured_damage
-from search.sampler import LARGEST_LOSS, FrontSampler
+from search.sampler import FrontSampler
 from search.seeds import BFLOAT16_BITS, narrowest, seed_recipes, smooth_starts, uniform_starts
 from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, store_sensitivity
 from search.study import SearchStudy
@@ -61,7 +61,7 @@ class Strategy:
         self._seeds = seeds or sampler == "front"
         self._make = None if sampler == "front" else sampler_named(sampler)
         self._space, self._table = bench.space, SpaceTable(bench.space)
-        self._largest_loss = problem.limits.get("map_drop", ("<=", LARGEST_LOSS))[1]
+        self._problem = problem
         self.planner = Preparations(bench, study, self._seeds)
 
     def sampler(self, seed: int) -> BaseSampler:
@@ -74,7 +74,7 @@ class Strategy:
         if damage is None:
             return SAMPLERS["tpe"](seed)
         learner = latency_learner(self._table, self._study)
-        return FrontSampler(self._table, damage, learner, self._largest_loss, seed)
+        return FrontSampler(self._table, damage, learner, self._problem, seed)
 
     def on_prepared(self, _study: SearchStudy) -> None:
         """Enqueue the seeds: solved recipes from mild to strong."""

@@ -29,6 +29,8 @@ Fingerprint: TypeAlias = Mapping[str, str | int | float | bool | None]
 """What a result depends on: detector, base weights hash, data, space, target signature, budget, ..."""
 Direction: TypeAlias = Literal["maximize", "minimize"]
 
+CONFIG = "config"
+"""Study attribute: the configuration that the study was last opened with."""
 FINGERPRINT = "fingerprint"
 SIGNATURE = "target "
 """Begins the fingerprint's keys of the target's signature; `target` itself is its name."""

@@ -157,7 +157,7 @@ class MadeUpSearch:
     def sampler(self, seed: int) -> BaseSampler:
         """Ours, knowing what a search would have measured."""
         learner = LatencyLearner(self.table, self._probes, self._ratios)
-        return FrontSampler(self.table, self.damage, learner, 7.5, seed)
+        return FrontSampler(self.table, self.damage, learner, PROBLEM, seed)
 
 
 def _retain(study: SearchStudy) -> None:

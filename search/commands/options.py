@@ -17,8 +17,6 @@ if TYPE_CHECKING:  # torch and Ray are behind these; `paredown --help` must not 
 
 DEFAULT_STORAGE = "sqlite:///runs/paredown.db"
 RESULTS = Path("scripts/results")
-CONFIG = "config"
-"""Study attribute: the configuration that the study was last opened with."""
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the search.")]
 Data = Annotated[
@@ -88,6 +86,7 @@ def config_of(study: SearchStudy, changes: dict[str, Any]) -> SearchConfig:
         InputError: the study holds none, or a change does not fit.
     """
     from search.config import changed_config
+    from search.study import CONFIG
     from spaces.errors import InputError
 
     document = study.optuna.user_attrs.get(CONFIG)

@@ -11,7 +11,6 @@ import typer
 
 from search.commands.hints import command, of_study, same_again
 from search.commands.options import (
-    CONFIG,
     DEFAULT_STORAGE,
     Checkpoint,
     ConfigFile,
@@ -198,7 +197,7 @@ def open_for(settings: SearchConfig, bench: Bench, storage: str, new_reference: 
     Raises:
         InputError: as `search.study.open_study`.
     """
-    from search.study import open_study
+    from search.study import CONFIG, open_study
 
     problem = settings.problem
     objectives = dict(zip(problem.objectives, problem.directions, strict=True))

@@ -1,6 +1,7 @@
 """The front of a study, put together from trials with known figures."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from evaluators.ranking import Problem
 from search.commands.finish import _stored_map
 from search.commands.search import _finale
 from search.front import FINAL, best_within, front_of, write_pictures
-from search.judge import ProblemJudge, gain_of_training_further, reference_of
+from search.judge import ProblemJudge, allowed_loss, gain_of_training_further, reference_of
 from search.report import front_caption, front_cells
 from search.study import SearchStudy
 from search.trials import EVALUATION, RECIPE
@@ -149,6 +150,34 @@ def test_a_base_that_still_learns_flatters_nobody(tmp_path: Path) -> None:
     assert judge.constraints(measured(map=60.5, latency_ratio=0.8)) == pytest.approx([0.5])
     with pytest.raises(InputError, match="loses so little"):
         best_within(front, 1.0)
+
+
+def test_losses_may_count_from_the_base_as_it_came(tmp_path: Path) -> None:
+    study = toy_study(tmp_path)
+    study.optuna.set_user_attr("config", {"problem": {"losses_from": "given"}})
+    add(study, {"a": 0.0, "b": 0.0}, 60.0, 1.0, map_trained_further=62.0)
+    add(study, {"a": 0.25, "b": 0.0}, 59.5, 0.8)
+    front = front_of(study)
+    assert front.losses_against == 60.0
+    assert front.remarks[0].endswith("losses are against the base as it came")
+    assert front.rows[0].note == ""
+    assert best_within(front, 0.5).number == 1
+    problem = Problem.read({"limits": {"max_map_drop": 1.0}, "losses_from": "given"})
+    # 60 - 59.5 = 0.5 of 1.0 allowed
+    assert ProblemJudge(study, problem).constraints(measured(map=59.5, latency_ratio=0.8)) == [-0.5]
+    assert front_of(study, Problem.read({})).losses_against == 62.0
+
+
+def test_what_limits_allow_to_lose_counts_from_the_trained_base() -> None:
+    """The base has 60 AP, and 62 with a candidate's training."""
+    base = measured(map=60.0, latency_ratio=1.0, map_trained_further=62.0)
+    drop = {"limits": {"max_map_drop": 1.0}}
+    assert allowed_loss(Problem.read(drop), base) == 1.0
+    assert allowed_loss(Problem.read(drop | {"losses_from": "given"}), base) == 3.0
+    assert allowed_loss(Problem.read({"limits": {"min_map": 57.5}}), base) == 4.5
+    assert allowed_loss(Problem.read({"limits": {"min_map": 57.5}, "losses_from": "given"}), base) == 4.5
+    assert allowed_loss(Problem.read({"limits": {"max_map_drop": 9.0, "min_map": 57.5}}), base) == 4.5
+    assert allowed_loss(Problem.read({"limits": {"max_size_mb": 3.0}}), base) == math.inf
 
 
 def test_less_than_half_a_point_is_converged() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from evaluators.latency_model import LatencyModel, fit_latency
+from evaluators.ranking import Problem
 from search.knowledge import Finished
 from search.linear_algebra import on_one_thread
 from search.sampler import FrontSampler
@@ -31,7 +32,7 @@ def test_proposals_are_made_on_one_thread() -> None:
         return fit_latency(problem.table, finished.options, finished.ratio)
 
     with threadpool_limits(2, user_api="blas"):
-        problem.run(FrontSampler(problem.table, problem.damage, relearn, 20.0, 0), 3)
+        problem.run(FrontSampler(problem.table, problem.damage, relearn, Problem(), 0), 3)
         assert blas_threads() == {2}
     assert seen
     assert all(threads == {1} for threads in seen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.latency_model import fit_latency
-from evaluators.ranking import hypervolume
+from evaluators.ranking import Problem, hypervolume
 from search.experience import Experience, ExperienceReader, believed_loss
 from search.knowledge import Finished, LatencyLearner, finished_trials
 from search.sampler import FrontSampler
@@ -59,9 +60,10 @@ class MadeUp:
             writer.complete([quality, latency], evaluation, [])
         return study
 
-    def sampler(self, seed: int, largest_loss: float = 20.0) -> FrontSampler:
+    def sampler(self, seed: int, limits: Mapping[str, float] | None = None) -> FrontSampler:
+        problem = Problem.read({"limits": {"max_map_drop": 20.0} if limits is None else limits})
         return FrontSampler(
-            self.table, self.damage, lambda f: fit_latency(self.table, f.options, f.ratio), largest_loss, seed
+            self.table, self.damage, lambda f: fit_latency(self.table, f.options, f.ratio), problem, seed
         )
 
 
@@ -82,9 +84,20 @@ def test_beats_random_search_on_a_problem_that_it_has_the_sensitivities_of() -> 
 def test_proposals_keep_within_the_largest_loss() -> None:
     """221 of the 5832 recipes lose 8 points or less."""
     problem = MadeUp()
-    studies = [problem.run(problem.sampler(seed, 8.0), 20) for seed in range(3)]
+    studies = [problem.run(problem.sampler(seed, {"max_map_drop": 8.0}), 20) for seed in range(3)]
     learnt = [60.0 - t.values[0] for study in studies for t in study.get_trials()[8:]]
     assert np.mean(np.array(learnt) <= 8.0) >= 0.8
+
+
+def test_a_least_map_bounds_proposals_as_a_largest_loss_does() -> None:
+    """The base has 60 AP."""
+    problem = MadeUp()
+    by_loss, by_map, unbound = (
+        [trial.params for trial in problem.run(problem.sampler(0, limits), 12).get_trials()]
+        for limits in ({"max_map_drop": 3.0}, {"min_map": 57.0}, {})
+    )
+    assert by_map == by_loss
+    assert by_map != unbound
 
 
 def test_same_seed_same_proposals_and_no_repeats() -> None:
@@ -171,7 +184,7 @@ def test_asking_stays_fast_with_many_trials() -> None:
             )
         )
     learner = LatencyLearner(table, np.zeros((0, len(table.sizes)), int), np.zeros(0))
-    sampler = FrontSampler(table, problem.damage, learner, 20.0, 0)
+    sampler = FrontSampler(table, problem.damage, learner, Problem(), 0)
     trial = study.get_trials()[-1]
     sampler.sample_relative(study, trial, {})  # reads the trials
     started = time.process_time()
