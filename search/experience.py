@@ -100,14 +100,15 @@ class _Read:
 class ExperienceReader:
     """Reads trials of one study again and again, the finished ones only once.
 
-    Finished trials never change in Optuna, so what was read of them is kept, by their ids. That saves
-    time and nothing else: a new reader comes to the same.
+    Finished trials never change in Optuna, nor do the parameters of one that has them all, so what was read
+    of them is kept, by their ids. That saves time and nothing else: a new reader comes to the same.
     """
 
     def __init__(self, table: Positions) -> None:
         self._table = table
         self._names = set(table.names)
         self._known: dict[int, _Read | None] = {}
+        self._under_way: dict[int, _Read] = {}
 
     def read(self, trials: Sequence[FrozenTrial]) -> Experience:
         """All that is known of the trials of this space; trials of others are passed over."""
@@ -142,14 +143,20 @@ class ExperienceReader:
         return np.array(rows, np.int64).reshape(len(rows), len(self._table.names))
 
     def _read(self, trial: FrozenTrial) -> _Read | None:
-        if trial._trial_id in self._known:
-            return self._known[trial._trial_id]
-        read = None
-        if trial.state != TrialState.FAIL and set(trial.params) == self._names:
-            options = self._table.options([trial.params])[0]
-            figures = figures_of(trial)
-            base = evaluation_of(trial) if figures is not None and not options.any() else None
-            read = _Read(options, figures, base, rung_maps(trial))
-        if trial.state.is_finished():
-            self._known[trial._trial_id] = read
-        return read
+        number = trial._trial_id
+        if not trial.state.is_finished():
+            if number not in self._under_way and set(trial.params) == self._names:
+                self._under_way[number] = _Read(self._table.options([trial.params])[0], None, None, {})
+            return self._under_way.get(number)
+        if number not in self._known:
+            self._known[number] = self._finished(trial)
+            self._under_way.pop(number, None)
+        return self._known[number]
+
+    def _finished(self, trial: FrozenTrial) -> _Read | None:
+        if trial.state == TrialState.FAIL or set(trial.params) != self._names:
+            return None
+        options = self._table.options([trial.params])[0]
+        figures = figures_of(trial)
+        base = evaluation_of(trial) if figures is not None and not options.any() else None
+        return _Read(options, figures, base, rung_maps(trial))
