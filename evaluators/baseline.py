@@ -29,6 +29,7 @@ from spaces.detectors.own import built, located
 from spaces.detectors.published import weights_file
 from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights, save_weights
+from spaces.documents import refused
 from spaces.errors import InputError
 
 
@@ -61,12 +62,7 @@ class BaselineConfig(BaseModel):
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             raise InputError("config", str(path), "is missing or no YAML file") from None
         except ValidationError as error:
-            # A misspelt field explains one that is missing.
-            first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-            where = ".".join(str(part) for part in first["loc"]) or "config"
-            misspelt = first["type"] == "extra_forbidden"
-            remedy = "no such field" if misspelt else first["msg"].replace("Input should be", "must be")
-            raise InputError(f"{path}: {where}", None if misspelt else first.get("input"), remedy) from None
+            raise refused(error, str(path), BaselineConfig) from None
 
 
 def train_baseline(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from evaluators.graph import MODEL_FILE
 from evaluators.targets.torch_engine import TORCH_FILE
 from spaces.detectors.base import Category, Postprocess, Preprocess
+from spaces.documents import refused
 from spaces.errors import InputError
 from spaces.recipe import Recipe
 
@@ -84,9 +85,7 @@ class ModelCard(BaseModel):
         except OSError as error:
             raise InputError("model", str(file), f"cannot be read ({error.strerror})") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise InputError(f"{file}: {where}", first.get("input"), first["msg"]) from None
+            raise refused(error, str(file)) from None
 
 
 def model_in(directory: Path) -> Path:

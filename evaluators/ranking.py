@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from evaluators.evaluation import Evaluation
+from spaces.documents import refused
 from spaces.errors import InputError
 
 Direction = Literal["maximize", "minimize"]
@@ -104,12 +105,7 @@ class Problem(BaseModel):
         try:
             return Problem.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            cause = first.get("ctx", {}).get("error")
-            if isinstance(cause, InputError):
-                raise cause from None
-            field = ".".join(str(part) for part in first["loc"])
-            raise InputError(field, first.get("input"), first["msg"]) from None
+            raise refused(error, model=Problem) from None
 
     @property
     def directions(self) -> list[Direction]:

@@ -15,6 +15,7 @@ from evaluators.bench_config import BenchConfig
 from evaluators.ranking import Problem
 from spaces.detectors.own import located
 from spaces.detectors.published import weights_file
+from spaces.documents import refused
 from spaces.errors import InputError
 
 _LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
@@ -163,7 +164,7 @@ def parse_config(document: Mapping[str, Any], source: str) -> SearchConfig:
     try:
         config = SearchConfig.model_validate(document)
     except ValidationError as error:
-        raise _as_input_error(error, source) from None
+        raise refused(error, source, SearchConfig, _REMEDIES) from None
     data = config.data.model_copy(update={"root": _absolute(config.data.root)})
     return config.model_copy(
         update={
@@ -259,34 +260,3 @@ def _put(document: dict[str, Any], field: str, value: Any) -> None:
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.expanduser().absolute()
-
-
-def _as_input_error(error: ValidationError, source: str) -> InputError:
-    # A misspelt field explains one that is missing.
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    location = tuple(str(part) for part in first["loc"])
-    field = f"{source}: {'.'.join(location)}" if location else source
-    value = None if isinstance(first["input"], Mapping) else first["input"]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, InputError):
-        above = ".".join(location[:-1])
-        named = cause.field if cause.field.startswith(above) or not above else f"{above}.{cause.field}"
-        return InputError(f"{source}: {named}", cause.value, cause.remedy)
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(_known_fields(location[:-1]))
-        return InputError(field, None, f"no such field; there are: {known}")
-    if first["type"] in ("missing", "tuple_type") and location[-1] in _REMEDIES:
-        return InputError(field, value, _REMEDIES[location[-1]])
-    if first["type"] == "missing":
-        return InputError(field, None, "is missing")
-    return InputError(field, value, first["msg"].replace("Input should be", "must be"))
-
-
-def _known_fields(location: tuple[str, ...]) -> list[str]:
-    model: type[BaseModel] = SearchConfig
-    for name in location:
-        inner = model.model_fields[name].annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
-            return []
-        model = inner
-    return list(model.model_fields)

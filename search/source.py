@@ -24,6 +24,7 @@ from search.storage import read_once
 from search.study import SearchStudy
 from search.trials import REASON, counts, is_candidate, is_stopped
 from search.workers import FINISHED, Finished
+from spaces.documents import refused
 from spaces.errors import own_place
 
 _IDLE_SECONDS = 1.0
@@ -176,9 +177,7 @@ class StudySource:
         try:
             evaluation = Evaluation.model_validate(result)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            self._fail(running.candidate, "result", f"no evaluation: {where}: {first['msg']}")
+            self._fail(running.candidate, "result", f"no evaluation: {refused(error)}")
             return
         self._judge(running.candidate, evaluation)
 

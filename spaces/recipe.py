@@ -10,7 +10,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spaces.errors import InputError
+from spaces.documents import refused
 
 BITS = (2, 3, 4, 6, 8, 16, 32)
 
@@ -170,9 +170,7 @@ class Recipe(_Frozen):
         try:
             return Recipe.model_validate_json(text)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "recipe"
-            raise InputError(f"recipe.{where}", first.get("input"), first["msg"]) from None
+            raise refused(error, "recipe") from None
 
 
 def is_identity(choice: AnyChoice) -> bool:

@@ -18,6 +18,7 @@ from search.study import SearchStudy
 from spaces.capabilities import Capabilities
 from spaces.detectors.base import postprocess_of
 from spaces.detectors.registry import make_detector
+from spaces.documents import refused
 from spaces.errors import InputError
 from spaces.sites import find_sites
 from spaces.space import MAX_PARAMETERS, Granularity, build_space
@@ -110,9 +111,7 @@ def read_recorded(file: Path) -> Recorded:
     except OSError as error:
         raise InputError("recipes", str(file), f"cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{file}: {where}", None, first["msg"]) from None
+        raise refused(error, str(file)) from None
 
 
 def gathered(bench: Bench, studies: Sequence[SearchStudy], earlier: Recorded | None = None) -> Recorded:

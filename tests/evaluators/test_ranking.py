@@ -91,7 +91,7 @@ def test_both_ways_to_write_a_limit_agree() -> None:
         ({"limits": {"max_latency_ms": True}}, "must be a finite number"),
         ({"limits": {"max_map": 1.0, "min_map": 0.5}}, "map already has a limit"),
         ({"limits": [1]}, "write them as name: bound"),
-        ({"limit": {}}, "limit: {}: Extra inputs"),
+        ({"limit": {}}, "limit: no such field; there are: objectives, limits, losses_from"),
     ],
 )
 def test_bad_problems(data: dict[str, object], message: str) -> None:

@@ -44,7 +44,7 @@ def test_one_choice_a_kind_and_site() -> None:
         ({"sparsity": -0.1}, "greater than or equal to 0"),
         ({"sparsity": "much"}, "valid number"),
         ({"kind": "squeeze"}, "squeeze"),
-        ({"extra": 1}, "not permitted"),
+        ({"extra": 1}, "extra: no such field"),
     ],
 )
 def test_bad_json_is_refused_in_one_line(change: dict[str, object], message: str) -> None:
