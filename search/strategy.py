@@ -152,10 +152,10 @@ def sampler_named(name: str) -> Callable[[int], BaseSampler]:
     if name in SAMPLERS:
         return SAMPLERS[name]
     if ":" not in name:
-        raise InputError("sampler", name, f"choose front, {', '.join(SAMPLERS)}, or module:Class")
+        raise InputError("search.sampler", name, f"choose front, {', '.join(SAMPLERS)}, or module:Class")
     module, _, attribute = name.partition(":")
     try:
         made: Callable[..., BaseSampler] = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise InputError("sampler", name, f"cannot be imported ({error})") from None
+        raise InputError("search.sampler", name, f"cannot be imported ({error})") from None
     return lambda seed: made(seed=seed)

@@ -100,7 +100,8 @@ class _Source:
         if self.format == "coco" and Path(name).suffix == ".json" and Path(name).is_file():
             return coco.read_coco(self.root, Path(name), role)
         have = ", ".join(self.names) or "none"
-        raise InputError(f"{role} data", name, f"no such annotations in {self.root}; there are: {have}")
+        field = f"data.{role}" if role in ("fit", "select", "report") else "split"
+        raise InputError(field, name, f"no such annotations in {self.root}; there are: {have}")
 
     def fit_and_select(self) -> tuple[DetectionSplit, DetectionSplit]:
         """fit and select, after fit has given select the share that is asked for."""
@@ -127,7 +128,7 @@ class _Source:
         if name is None:
             have = ", ".join(self.names) or "none"
             raise InputError(
-                f"{role} data",
+                f"data.{role}",
                 None,
                 f"name its annotations; {self.root} has {have}, none of {', '.join(defaults)}",
             )
@@ -154,7 +155,7 @@ def _locate(config: DataConfig) -> tuple[Path, Literal["coco", "yolo"]]:
 def _divide(whole: DetectionSplit, fraction: float, seed: int) -> tuple[DetectionSplit, DetectionSplit]:
     """Part select from fit by a hash of the file names: stable whatever the order of the file."""
     if len(whole.images) < 2:
-        raise InputError("fit data", str(whole.source), "one image cannot be shared between fit and select")
+        raise InputError("data.fit", str(whole.source), "one image cannot be shared between fit and select")
 
     def rank(image: ImageRecord) -> str:
         return hashlib.sha256(f"{seed}:{image.path.name}:{image.id}".encode()).hexdigest()

@@ -315,8 +315,8 @@ def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     assert "no such folder" in message(DataConfig(root=tmp_path / "nowhere"))
     assert "neither annotations/*.json (COCO) nor data.yaml" in message(DataConfig(root=tmp_path))
     config = write(tmp_path, train=document(1, 4))
-    assert "report data: name its annotations" in message(config)
-    assert "'best': no such annotations" in message(config, "best")
+    assert "data.report: name its annotations" in message(config)
+    assert "split: 'best': no such annotations" in message(config, "best")
     assert "there are: train" in message(config, "best")
     assert "one image cannot be shared" in message(write(tmp_path / "b", train=document(1, 1)))
     with pytest.raises(ValidationError, match="select_fraction"):
