@@ -18,6 +18,9 @@ from spaces.capabilities import Capabilities
 SAMPLES_PER_IMAGE = 4096
 SAMPLES_PER_CHANNEL = 512
 CLIPS = np.linspace(1.0, 0.4, 25)
+NEARLY_ALL = 0.9
+FAR = 3.0
+"""Times the extremes of nearly all images: beyond it, a range takes no heed of a value."""
 INT8 = Capabilities()
 
 
@@ -25,8 +28,9 @@ class QuantizationPlan(BaseModel):
     """How ranges are found after training.
 
     Attributes:
-        ranges: `mse` shrinks a range while the squared error of rounding falls; `percentile` cuts off what
-            lies outside; `minmax` keeps everything.
+        ranges: `mse` shrinks a range while the squared error of rounding falls, and takes no heed of values
+            far beyond what nine images in ten reach; `percentile` cuts off what lies outside; `minmax`
+            keeps everything.
         percentile: per cent of the values that a range of `percentile` holds on either side.
         bias_correction: move the mean of what layers of 8 bits put out back to where it was.
     """
@@ -156,11 +160,11 @@ def calibrate(
     found = {}
     for name, (weight_bits, activation_bits) in bits.items():
         levels = 2 ** min(activation_bits, 8)
-        read = tuple(chosen_range(row, levels, plan) for row in _rows(samples.get((name, "read channels"))))
+        read = tuple(chosen_range([row], levels, plan) for row in _rows(samples.get((name, "read channels"))))
         written = tuple(whole_range(row) for row in _rows(samples.get((name, "written channels"))))
         found[name] = LayerRanges(
-            chosen_range(np.concatenate(samples[name, "read"]), levels, plan),
-            chosen_range(np.concatenate(samples[name, "written"]), 256, plan),
+            chosen_range(samples[name, "read"], levels, plan),
+            chosen_range(samples[name, "written"], 256, plan),
             with_one_zero_point(read, levels) if read and capabilities.one_zero_point else read,
             written,
             largest=largest_weight(weight_bits),
@@ -213,13 +217,26 @@ def narrowed(ranges: LayerRanges, weight_bits: int, activation_bits: int) -> Lay
     return replace(ranges, largest=largest_weight(weight_bits), levels=levels, by_channel=())
 
 
-def chosen_range(values: NDArray[np.float32], levels: int, plan: QuantizationPlan) -> Range:
-    """The range of `values`, 0 included, as the plan says."""
+def chosen_range(images: Sequence[NDArray[np.float32]], levels: int, plan: QuantizationPlan) -> Range:
+    """The range of the values of some images, 0 included, as the plan says."""
     if plan.ranges == "mse":
-        return best_range(values, levels)
+        return best_range(within_usual(images), levels)
+    values = np.concatenate(images)
     if plan.ranges == "minmax":
         return whole_range(values)
     return whole_range(np.percentile(values, (100.0 - plan.percentile, plan.percentile)))
+
+
+def within_usual(images: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The values of some images without those that are far beyond what nearly all images have.
+
+    Where a network leaves its usual path on one image (Faster R-CNN pooling from a corner of a level that
+    nothing reads otherwise), values of twenty times the usual size would leave all others a dozen levels.
+    """
+    values = np.concatenate(images)
+    low = FAR * min(float(np.quantile([one.min() for one in images], 1 - NEARLY_ALL)), 0.0)
+    high = FAR * max(float(np.quantile([one.max() for one in images], NEARLY_ALL)), 0.0)
+    return values[(low <= values) & (values <= high)]
 
 
 def whole_range(values: NDArray[np.floating[Any]]) -> Range:

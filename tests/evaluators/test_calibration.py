@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from evaluators.calibration import CLIPS, Range, best_range, calibrate
+from evaluators.calibration import CLIPS, QuantizationPlan, Range, best_range, calibrate, within_usual
 
 
 def test_values_on_the_grid_keep_their_range() -> None:
@@ -64,3 +64,26 @@ def test_the_same_seed_gives_the_same_ranges_and_hooks_are_gone() -> None:
     assert calibrate(network, ["0", "2"], images, seed=1) == first
     assert calibrate(network, ["0", "2"], images[:1], seed=1) != first
     assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_one_image_in_twenty_stretches_a_range_only_so_far() -> None:
+    """What nearly all images reach is 100 and -100; a value counts up to three times as far out."""
+    usual = np.linspace(-100, 100, 201, dtype=np.float32)
+    twenty = [usual] * 19
+    wild = np.array([-2000.0, -300.0, 5.0, 300.0, 2000.0], np.float32)
+    assert within_usual([*twenty, wild]).tolist() == [*np.concatenate(twenty), -300.0, 5.0, 300.0]
+    often = within_usual([*twenty[3:], wild, wild, wild, wild])
+    assert (often.min(), often.max()) == (-2000.0, 2000.0)
+    assert within_usual([np.array([-1.0, 9.0], np.float32)]).tolist() == [-1.0, 9.0]
+
+
+def test_a_network_that_goes_astray_on_one_image_keeps_its_levels_for_the_others() -> None:
+    same = nn.Conv2d(1, 1, 1, bias=False)
+    nn.init.ones_(same.weight)
+    grid = np.linspace(-100, 155, 256, dtype=np.float32).reshape(1, 1, 16, 16)
+    images = [grid] * 19 + [grid * 50]
+    found = calibrate(nn.Sequential(same), ["0"], images)["0"]
+    assert -300 <= found.read.low <= -90
+    assert 140 <= found.read.high <= 465
+    whole = calibrate(nn.Sequential(same), ["0"], images, plan=QuantizationPlan(ranges="minmax"))["0"]
+    assert whole.read == Range(-5000.0, 7750.0)
