@@ -20,9 +20,12 @@ def trial_folder(artifacts: Path, number: int) -> Path:
     return artifacts / folder_name(number)
 
 
+TRIAL_PREFIX = "trial-"
+
+
 def folder_name(number: int) -> str:
     """Of the folder of a trial."""
-    return f"trial-{number:05d}"
+    return f"{TRIAL_PREFIX}{number:05d}"
 
 
 class Job(BaseModel):

@@ -46,6 +46,7 @@ OBJECTIVES = {
     )
 }
 
+TRAIN_STEP = "train_step_ms"
 MAP_DROP = "map_drop"
 """A limit that is no metric of its own: the base's mAP less the candidate's, AP points."""
 

@@ -96,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         return _complain(f"{error.filename}: {error.strerror}", 1 if error.errno in FULL else BAD_INPUT)
     except Exception as error:
+        if type(error).__name__ == "StorageInternalError":  # optuna's; importing it would cost a second
+            return _complain(f"the database does not answer: {_innermost(error)}", 1)
         # Usage errors: typer brings its own copy of click, so their class has no name that lasts.
         if not hasattr(error, "format_message"):
             raise
@@ -112,6 +114,13 @@ def _typed(arguments: Sequence[str] | None) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
+
+
+def _innermost(error: BaseException) -> str:
+    """What a database said, without the statement and its values; it names no password."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return _one_line(str(error).splitlines()[0]) if str(error) else type(error).__name__
 
 
 def _complain(line: str, code: int) -> int:

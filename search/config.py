@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evaluators.bench_config import BenchConfig
-from evaluators.ranking import Problem
+from evaluators.ranking import TRAIN_STEP, Problem
 from spaces.detectors.own import located
 from spaces.detectors.published import weights_file
 from spaces.documents import refused
@@ -87,6 +87,13 @@ class SearchConfig(BenchConfig):
         if len(problem.objectives) < 2:
             raise InputError("problem.objectives", list(problem.objectives), "name at least two")
         return problem
+
+    @model_validator(mode="after")
+    def _trained_where_steps_count(self) -> SearchConfig:
+        asked = [name for name in (*self.problem.objectives, *self.problem.limits) if name == TRAIN_STEP]
+        if asked and self.finetune.epochs == 0:
+            raise InputError("problem", TRAIN_STEP, "needs finetune.epochs of at least 1")
+        return self
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -187,9 +194,12 @@ def read_limits(limits: list[str]) -> dict[str, Any]:
         match = _LIMIT.fullmatch(text.strip())
         try:
             name, operator, bound = match.groups() if match else ("", "", "")
-            overrides[f"problem.limits.{name}"] = [operator, float(bound)]
+            field, limit = f"problem.limits.{name}", [operator, float(bound)]
         except ValueError:
             raise InputError("--limit", text, "write it as 'latency_ms<=8' or 'map>=30'") from None
+        if field in overrides:
+            raise InputError("--limit", text, f"{name} already has a limit")
+        overrides[field] = limit
     return overrides
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import plotly.graph_objects as go
 import plotly.io
 
 from search.figure_frame import BASE, FRONT, OTHERS, PEER, TRIAL, Frame, frame_of
+from search.files import whole_file
 from search.heat_map import HeatMap
 from search.heat_picture import heat_figure
 from search.report import (
@@ -90,9 +90,8 @@ def front_html(
         heat="" if heat is None else _heat(heat),
         hidden=f"{frame.hidden_label}: <i>autoscale</i> shows everything" if frame.hidden_label else "",
     )
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(page, encoding="utf-8")
-    os.replace(draft, file)
+    with whole_file(file) as draft:
+        draft.write_text(page, encoding="utf-8")
 
 
 def _heat(heat: HeatMap) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from math import hypot
 from pathlib import Path
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from evaluators.ranking import front
 from search.figure_frame import BASE, FRONT, OTHERS, PEER, TRIAL, Frame, frame_of
+from search.files import whole_file
 from search.report import FrontRow, Peer, TrialPoint
 
 PEER_MARKERS = "sD^vPX<>pdH8"
@@ -77,9 +77,8 @@ def front_png(
     figure.draw_without_rendering()  # settles the layout, which the next two depend on
     heading.set_x(axes.get_position().x0)
     _number_points(axes, frame)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    figure.savefig(draft, format="png")
-    os.replace(draft, file)
+    with whole_file(file) as draft:
+        figure.savefig(draft, format="png")
 
 
 def _legend_place(name: str) -> int:

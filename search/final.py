@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +12,9 @@ from evaluators.bench import Bench
 from evaluators.exported import CARD_FILE, ModelCard, model_in
 from evaluators.targets.base import Detections, Session
 from evaluators.together import time_together
-from search.front import FINAL
-from search.retention import base_number, front_numbers
+from search.files import whole_file
+from search.front import FINAL, chosen_numbers
+from search.retention import base_number
 from search.study import SearchStudy
 from spaces.errors import InputError
 
@@ -25,7 +25,7 @@ _SECONDS_AT_MOST = 60.0
 def is_measured(study: SearchStudy) -> bool:
     """True where the front as it is now was measured again already."""
     models = study.optuna.user_attrs.get(FINAL, {}).get("models", {})
-    return {str(number) for number in front_numbers(study)} <= set(models)
+    return {str(number) for number in chosen_numbers(study)} <= set(models)
 
 
 def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], seed: int = 0) -> None:
@@ -46,7 +46,7 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
     base = base_number(study)
     if base is None:
         raise InputError("study", study.name, "has no base yet; let the search run until its first trial")
-    wanted = sorted({base, *front_numbers(study)})
+    wanted = sorted({base, *chosen_numbers(study)})
     there = [n for n in wanted if model_in(study.trial_folder(n)).is_file()]
     if base not in there:
         raise InputError("base model", str(model_in(study.trial_folder(base))), "is gone")
@@ -97,6 +97,5 @@ def _write_into_card(study: SearchStudy, number: int, figures: dict[str, Any], s
     file = study.trial_folder(number) / CARD_FILE
     card = json.loads(file.read_text())
     card["figures"]["measured_again"] = {**figures, "split": split}
-    draft = file.with_suffix(f".json.{os.getpid()}")
-    draft.write_text(json.dumps(card, indent=1))
-    os.replace(draft, file)
+    with whole_file(file) as draft:
+        draft.write_text(json.dumps(card, indent=1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,15 @@ from evaluators.evaluation import Evaluation
 from evaluators.ranking import LossesFrom, Problem, front
 from search.expected_loss import expected_differences
 from search.heat_map import HeatMap
-from search.judge import gain_of_training_further, losses_from, reference_of
+from search.judge import (
+    as_stored,
+    base_evaluation,
+    gain_of_training_further,
+    judged,
+    latency_scale,
+    problem_of,
+    reference_of,
+)
 from search.report import FrontRow, TrialPoint, rows_to_json
 from search.retention import base_number, front_numbers
 from search.study import SearchStudy
@@ -23,9 +32,6 @@ from spaces.errors import InputError
 
 FINAL = "front measured again"
 """Study attribute: the models of the front in one batch and on report; see `search.final`."""
-
-NEW_REFERENCE = "new reference"
-"""Study attribute: the base measured again on another machine; see `search.reference`."""
 
 Role = Literal["select", "report"]
 
@@ -63,7 +69,7 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
 
     Args:
         study: with a complete base.
-        problem: its limits replace those that the trials were told with; None leaves them.
+        problem: whose limits count; None takes that of the study, as it was last opened.
         role: whose mAP the rows show. On `report` only what was measured there has one, and the rows are
             still those that were chosen on select.
 
@@ -78,17 +84,16 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
     final: dict[str, Any] = study.optuna.user_attrs.get(FINAL, {})
     if role == "report" and not final:
         raise InputError("report", None, "nothing was measured on it yet; use paredown front --remeasure")
-    base_evaluation = evaluations[number]
-    scale = float(study.optuna.user_attrs.get(NEW_REFERENCE, {}).get("scale", 1.0))
-    counted_from = losses_from(study) if problem is None else problem.losses_from
-    reference = reference_of(base_evaluation, counted_from)
-    chosen = (
-        front_numbers(study) if problem is None else _front_within(study, problem, evaluations, reference)
-    )
+    measured = evaluations[number]
+    scale = latency_scale(study)
+    problem = problem_of(study) if problem is None else problem
+    counted_from = "trained" if problem is None else problem.losses_from
+    reference = reference_of(measured, counted_from)
+    chosen = _front_within(study, problem, evaluations, measured)
     rows = {
         n: _row(study, trials[n], evaluations[n], final, role, n == number, scale) for n in {*chosen, number}
     }
-    remarks = _remarks(base_evaluation, counted_from, role, chosen, final)
+    remarks = _remarks(measured, counted_from, role, chosen, final)
     if not chosen:
         remarks.append("no trial keeps the limits; the base is shown")
     if role == "select":
@@ -109,7 +114,7 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
                 "left out, because another one proved at least as fast and as accurate when they were "
                 f"measured again: trial {', '.join(map(str, sorted(beaten)))}"
             )
-    gain = reference.metrics["map"].value - base_evaluation.metrics["map"].value if role == "select" else 0.0
+    gain = reference.metrics["map"].value - measured.metrics["map"].value if role == "select" else 0.0
     if gain:  # the table's own differences are to the base as it is
         goal = rows[number].map + gain
         listed = [replace(r, note=f"{r.map - goal:+.1f} to trained base") for r in listed]
@@ -189,11 +194,32 @@ def _best_first(row: FrontRow) -> tuple[float, float]:
     return -row.map, row.latency_ratio
 
 
+def chosen_numbers(study: SearchStudy) -> set[int]:
+    """The front within the limits that a study was last opened with; empty before its base is complete."""
+    base = base_evaluation(study)
+    if base is None:
+        return set()
+    trials = study.optuna.get_trials(deepcopy=False)
+    evaluations = {t.number: e for t in trials if is_candidate(t) and (e := evaluation_of(t)) is not None}
+    return _front_within(study, problem_of(study), evaluations, base)
+
+
 def _front_within(
-    study: SearchStudy, problem: Problem, evaluations: dict[int, Evaluation], base: Evaluation
+    study: SearchStudy, problem: Problem | None, evaluations: dict[int, Evaluation], base: Evaluation
 ) -> set[int]:
-    """The front of the trials that keep the limits of a problem, by the study's own objectives."""
-    kept = [n for n, evaluation in evaluations.items() if problem.feasible(evaluation, base)]
+    """The front of the trials that keep the limits of a problem, by the study's own objectives.
+
+    Without a problem the limits count that the trials were told with. A trial that lacks a metric keeps no
+    limit on it.
+    """
+    if problem is None:
+        return front_numbers(study)
+    stored = as_stored(problem, study)
+    kept = []
+    for number, evaluation in evaluations.items():
+        with suppress(ValueError):
+            if all(excess <= 0.0 for excess in judged(stored, evaluation, base)):
+                kept.append(number)
     signs = [-1.0 if direction == "maximize" else 1.0 for direction in study.objectives.values()]
     values = {t.number: t.values for t in study.optuna.get_trials(False, states=(TrialState.COMPLETE,))}
     losses = [[s * v for s, v in zip(signs, values[n], strict=True)] for n in kept]
@@ -288,7 +314,8 @@ def _remarks(
     remarks = []
     gain = gain_of_training_further(base)
     if gain:
-        counted = "that" if counted_from == "trained" else "the base as it came"
+        # what training it further gains was measured on select alone
+        counted = "that" if counted_from == "trained" and role == "select" else "the base as it came"
         gains = f"the base was not converged: +{gain:.1f} AP with a candidate's budget"
         remarks.append(f"{gains}; losses are against {counted}")
     missing = sorted(n for n in chosen if not _on_report(n, final))

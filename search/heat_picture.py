@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from search.files import whole_file
 from search.heat_map import BOUNDS, COLORS, HeatMap, HeatPanel
 
 ROW_INCHES, COLUMN_INCHES, GAP_ROWS = 0.145, 0.36, 4
@@ -69,9 +69,8 @@ def heat_png(file: Path, heat: HeatMap, title: str = "Sensitivity", subtitle: st
         bbox_to_anchor=(0.5, 0.12 / height),
     )
     figure.text(0.5, 0.08 / height, heat.caption, fontsize=6.5, color=QUIET_TEXT, ha="center")
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    figure.savefig(draft, format="png")
-    os.replace(draft, file)
+    with whole_file(file) as draft:
+        figure.savefig(draft, format="png")
 
 
 def _columns(heat: HeatMap) -> list[list[HeatPanel]]:

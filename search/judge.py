@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from evaluators.evaluation import Evaluation
-from evaluators.ranking import LossesFrom, Problem
+from evaluators.ranking import TRAIN_STEP, LossesFrom, Problem
 from search.retention import base_number
 from search.study import CONFIG, SearchStudy
 from search.trials import evaluation_of
 
 TRAINED_FURTHER = "map_trained_further"
+NEW_REFERENCE = "new reference"
+"""Study attribute: the base measured again on another machine; see `search.reference`."""
 CONVERGED_AP = 0.5
 """A base that gains this much from a candidate's own budget of training was not converged."""
 
@@ -21,19 +23,22 @@ class ProblemJudge:
     """
 
     def __init__(self, study: SearchStudy, problem: Problem) -> None:
-        self._study, self._problem = study, problem
+        self._study, self._problem = study, as_stored(problem, study)
         self._base: Evaluation | None = None
 
     def values(self, evaluation: Evaluation) -> list[float]:
-        return self._problem.values(evaluation)
+        return self._problem.values(with_step_of(self._found_base() or evaluation, evaluation))
 
     def constraints(self, evaluation: Evaluation) -> list[float]:
+        base = self._found_base()
+        if base is None:  # `evaluation` is the base
+            return self._problem.constraints(evaluation, evaluation)
+        return judged(self._problem, evaluation, base)
+
+    def _found_base(self) -> Evaluation | None:
         if self._base is None:
-            found = base_evaluation(self._study)
-            if found is None:  # `evaluation` is the base
-                return self._problem.constraints(evaluation, evaluation)
-            self._base = reference_of(found, self._problem.losses_from)
-        return self._problem.constraints(evaluation, self._base)
+            self._base = base_evaluation(self._study)
+        return self._base
 
 
 def base_evaluation(study: SearchStudy) -> Evaluation | None:
@@ -64,7 +69,39 @@ def allowed_loss(problem: Problem, base: Evaluation) -> float:
     return problem.allowed_loss(counted) + trained - counted
 
 
-def losses_from(study: SearchStudy) -> LossesFrom:
-    """The base that the losses of a study count from, as it was last opened."""
-    problem = study.optuna.user_attrs.get(CONFIG, {}).get("problem", {})
-    return "given" if problem.get("losses_from") == "given" else "trained"
+def judged(problem: Problem, evaluation: Evaluation, base: Evaluation) -> list[float]:
+    """The constraints of an evaluation, see `Problem.constraints`, against a study's base.
+
+    Raises:
+        ValueError: a metric that has a limit is missing.
+    """
+    counted = reference_of(base, problem.losses_from)
+    return problem.constraints(with_step_of(base, evaluation), counted)
+
+
+def with_step_of(base: Evaluation, evaluation: Evaluation) -> Evaluation:
+    """An evaluation of a candidate; one that kept the base's weights takes the base's training steps."""
+    if TRAIN_STEP in evaluation.metrics or TRAIN_STEP not in base.metrics:
+        return evaluation
+    metrics = {**evaluation.metrics, TRAIN_STEP: base.metrics[TRAIN_STEP]}
+    return evaluation.model_copy(update={"metrics": metrics})
+
+
+def problem_of(study: SearchStudy) -> Problem | None:
+    """The problem that a study was last opened with; None where it was made without a configuration."""
+    document = study.optuna.user_attrs.get(CONFIG)
+    return None if document is None else Problem.read(document.get("problem", {}))
+
+
+def latency_scale(study: SearchStudy) -> float:
+    """What trials hold in ms is of the first reference; times this it is of the newest one's machine."""
+    return float(study.optuna.user_attrs.get(NEW_REFERENCE, {}).get("scale", 1.0))
+
+
+def as_stored(problem: Problem, study: SearchStudy) -> Problem:
+    """A problem with its limits in ms, of the newest reference's machine, on the scale of the trials."""
+    scale = latency_scale(study)
+    if "latency_ms" not in problem.limits or scale == 1.0:
+        return problem
+    operator, bound = problem.limits["latency_ms"]
+    return problem.model_copy(update={"limits": {**problem.limits, "latency_ms": (operator, bound / scale)}})

@@ -154,7 +154,9 @@ class _Fit:
         """A weight `(K,)` for each kind of choice, shrunk towards one for all."""
         sums, losses = self._by_kind, self._losses
         count = sums.shape[1]
-        overall = float(np.median(losses / np.maximum(sums.sum(axis=1), 1e-9)))
+        total = sums.sum(axis=1)
+        told = total > 0.0  # choices that cost nothing, such as fewer boxes in suppression, tell nothing
+        overall = float(np.median(losses[told] / total[told])) if told.any() else 1.0
         shrink = 0.1 * np.eye(count) * max(float(sums.mean()), 1e-6)
         matrix = np.concatenate([sums * scale[:, None], shrink])
         goal = np.concatenate([losses * scale, shrink @ np.full(count, overall)])

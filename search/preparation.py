@@ -41,13 +41,13 @@ class Preparation:
         if not self._queue and not self._live:
             stored = self._study.job_results()
             pending = [j for j in self._planner.pending() if j.name not in stored]
-            self._queue.extend(job for job in pending if job.name not in self._failed)
+            self._queue.extend(job for job in pending if not self._has_failed(job.name))
             self._over = not self._queue
         for _ in range(len(self._queue)):
             job = self._queue.popleft()
-            if self._stored(job.name):
-                continue  # another driver has done it meanwhile
-            if self._claim(job.name):
+            if self._stored(job.name) or self._has_failed(job.name):
+                continue  # another driver has had it meanwhile
+            if self.claim(job.name):
                 self._live.add(job.name)
                 return job
             self._queue.append(job)
@@ -79,16 +79,27 @@ class Preparation:
     def _stored(self, name: str) -> bool:
         return name in self._study.job_results()
 
-    def _claim(self, name: str) -> bool:
-        study = self._study.optuna
-        claims = study._storage.get_study_system_attrs(study._study_id)
-        claim = claims.get(_CLAIM_PREFIX + name)
-        if claim and claim["owner"] != self._driver.signature:
-            alive = Owner.model_validate(claim["owner"]).is_alive()
-            if alive or (alive is None and time.time() - claim["at"] < _CLAIM_SECONDS):
-                return False
+    def claim(self, name: str) -> bool:
+        """Take what is called so for this driver; False where another one that lives has it."""
+        if self._is_anothers(name):
+            return False
         self._write_claim(name, {"owner": self._driver.signature, "at": time.time()})
         return True
+
+    def _has_failed(self, name: str) -> bool:
+        """True for a job that failed in this run: here, or in another driver that lives."""
+        if name in self._failed:
+            return True
+        said = self._study.optuna.user_attrs.get(JOB_PREFIX + name, {})
+        return "failure" in said and self._is_anothers(name)
+
+    def _is_anothers(self, name: str) -> bool:
+        study = self._study.optuna
+        claim = study._storage.get_study_system_attrs(study._study_id).get(_CLAIM_PREFIX + name)
+        if not claim or claim["owner"] == self._driver.signature:
+            return False
+        alive = Owner.model_validate(claim["owner"]).is_alive()
+        return alive or (alive is None and time.time() - claim["at"] < _CLAIM_SECONDS)
 
     def _write_claim(self, name: str, claim: dict[str, Any] | None) -> None:
         study = self._study.optuna

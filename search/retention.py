@@ -13,7 +13,7 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from evaluators.jobs import folder_name
+from evaluators.jobs import TRIAL_PREFIX, folder_name
 from evaluators.ranking import front
 from search.study import SearchStudy
 from search.trials import is_candidate, is_feasible, recipe_of
@@ -80,7 +80,8 @@ def retain(study: SearchStudy, keep_mb: float, keep: Collection[int] | None = No
         else:
             shutil.rmtree(folder, ignore_errors=True)
 
-    total = sum(sizes.values()) + sum(map(_bytes, others.values()))
+    trials = [path for name, path in others.items() if name.startswith(TRIAL_PREFIX)]
+    total = sum(sizes.values()) + sum(map(_bytes, trials))
     for number in sorted(sizes):
         if total <= keep_mb * 1e6:
             break

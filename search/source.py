@@ -109,6 +109,8 @@ class StudySource:
         if not base_complete or not self._preparation.is_over:
             return None
         if not self._study.optuna.user_attrs.get(PREPARED):
+            if not self._preparation.claim(PREPARED):
+                return None  # another driver is at it
             if self._parts.on_prepared is not None:
                 self._parts.on_prepared(self._study)
             self._study.optuna.set_user_attr(PREPARED, True)

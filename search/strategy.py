@@ -41,7 +41,7 @@ class Strategy:
     Args:
         bench: its space and detector.
         study: where results are stored.
-        problem: limits bound what is proposed.
+        problem: its limits on mAP bound what is proposed.
         sampler: `front`, one of `SAMPLERS`, or `module:Class`, which is called with `seed`.
         seeds: measure sensitivities and latencies first and enqueue solved recipes; `front` needs it.
 
@@ -77,13 +77,13 @@ class Strategy:
         return FrontSampler(self._table, damage, learner, self._problem, seed)
 
     def on_prepared(self, _study: SearchStudy) -> None:
-        """Enqueue the seeds: solved recipes from mild to strong."""
+        """Enqueue the seeds: solved recipes from mild to strong, then those of a warm start."""
+        seeds = []
         damage = measured_damage(self._table, self._study) if self._seeds else None
-        if damage is None:
-            return
-        trials = self._study.optuna.get_trials(deepcopy=False)
-        model = latency_learner(self._table, self._study)(finished_trials(self._table, trials))
-        seeds = [self._table.params(o) for o in seed_recipes(self._table, damage, model)]
+        if damage is not None:
+            trials = self._study.optuna.get_trials(deepcopy=False)
+            model = latency_learner(self._table, self._study)(finished_trials(self._table, trials))
+            seeds = [self._table.params(o) for o in seed_recipes(self._table, damage, model)]
         for params in seeds:
             self._study.optuna.enqueue_trial(params, user_attrs={"origin": "seed"})
         for params in warm_seeds(self._study):
@@ -147,7 +147,7 @@ def sampler_named(name: str) -> Callable[[int], BaseSampler]:
     """A maker of Optuna samplers from a seed.
 
     Raises:
-        InputError: unknown name, or a class that cannot be imported.
+        InputError: unknown name, or a class that cannot be imported or made of a seed alone.
     """
     if name in SAMPLERS:
         return SAMPLERS[name]
@@ -156,6 +156,10 @@ def sampler_named(name: str) -> Callable[[int], BaseSampler]:
     module, _, attribute = name.partition(":")
     try:
         made: Callable[..., BaseSampler] = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the module raises
         raise InputError("search.sampler", name, f"cannot be imported ({error})") from None
+    try:
+        made(seed=0)
+    except Exception as error:
+        raise InputError("search.sampler", name, f"cannot be made of seed= alone ({error})") from None
     return lambda seed: made(seed=seed)

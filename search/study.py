@@ -122,6 +122,8 @@ def open_study(
     if FINGERPRINT not in study.user_attrs:
         if study.get_trials(deepcopy=False):
             raise InputError("study", name, "was not made by paredown; choose another name with --study")
+        if [direction.name.lower() for direction in study.directions] != list(objectives.values()):
+            raise InputError("study", name, "has other objectives; choose another name with --study")
         # Also the way of a study whose creator was killed before it came this far.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

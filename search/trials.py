@@ -97,11 +97,6 @@ def is_feasible(trial: FrozenTrial) -> bool:
     return all(c <= 0.0 for c in trial.system_attrs.get(_CONSTRAINTS, ()))
 
 
-def finished_count(study: optuna.Study) -> int:
-    """How many trials count towards the total."""
-    return sum(map(counts, study.get_trials(deepcopy=False)))
-
-
 def owner_of(trial: FrozenTrial) -> dict[str, Any] | None:
     owner = trial.system_attrs.get(OWNER)
     return owner if isinstance(owner, dict) else None

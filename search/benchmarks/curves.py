@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from search.figure_frame import FRONT
 from search.figures import QUIET_TEXT
+from search.files import whole_file
 
 Values = NDArray[np.float64]
 ROW = 0.036
@@ -68,9 +68,8 @@ def draw_curves(file: Path, curves: Sequence[Curve], title: str, subtitle: str, 
     axes.set_title(subtitle, loc="left", fontsize=8.5, color=QUIET_TEXT, pad=8)
     figure.draw_without_rendering()  # settles the layout, which the next line depends on
     heading.set_x(axes.get_position().x0)
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    figure.savefig(draft, format="png")
-    os.replace(draft, file)
+    with whole_file(file) as draft:
+        figure.savefig(draft, format="png")
 
 
 def _palette(count: int) -> list[object]:

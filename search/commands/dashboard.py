@@ -67,7 +67,10 @@ def _show_front(study: SearchStudy) -> None:
 
 
 def _newest_first(summaries: list) -> list[str]:  # type: ignore[type-arg]
-    started = [s for s in summaries if s.datetime_start is not None]
+    """Names of our studies; others may share the database."""
+    from search.study import FINGERPRINT
+
+    started = [s for s in summaries if s.datetime_start is not None and FINGERPRINT in s.user_attrs]
     return [s.study_name for s in sorted(started, key=lambda s: s.datetime_start, reverse=True)]
 
 

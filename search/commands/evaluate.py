@@ -87,8 +87,6 @@ def evaluate(
     tell_licence(settings.model)
     if hint not in (None, "f32", "bf16"):
         raise InputError("--hint", hint, "choose f32 or bf16")
-    if hint == "bf16" and (target or settings.target) != "openvino":
-        raise InputError("--hint", hint, "is OpenVINO's")
     torch.set_num_threads(settings.threads)
     if trial is not None:
         model = _model_of_trial(settings.name, trial, storage)
@@ -107,9 +105,13 @@ def evaluate(
 def _model_of_trial(study: str, trial: int, storage: str) -> Path:
     from evaluators.exported import model_in
     from search.study import load_study
+    from search.trials import DUPLICATE_OF
     from spaces.errors import InputError
 
-    model = model_in(load_study(study, url=storage).trial_folder(trial))
+    opened = load_study(study, url=storage)
+    trials = opened.optuna.get_trials(deepcopy=False)
+    original = trials[trial].user_attrs.get(DUPLICATE_OF, trial) if trial < len(trials) else trial
+    model = model_in(opened.trial_folder(original))
     if not model.is_file():
         remake = f"paredown finish --study {study} --trial {trial} --output DIR"
         remedy = f"only models of the front and the base are kept; make it again with {remake}"
@@ -128,6 +130,7 @@ def _base(
     from spaces.detectors.registry import make_detector
     from spaces.detectors.weights import load_weights
 
+    _refuse_hint(hint, target)
     engine = target_named(target)
     detector = make_detector(settings.model, len(split.categories), settings.size)
     network = built(settings.model, detector)
@@ -141,6 +144,13 @@ def _base(
     return Subject(session, detector.preprocess, {**described, "size_mb": file.stat().st_size / 1e6})
 
 
+def _refuse_hint(hint: str | None, engine: str) -> None:
+    from spaces.errors import InputError
+
+    if hint == "bf16" and engine != "openvino":
+        raise InputError("--hint", hint, f"is OpenVINO's, the engine is {engine}")
+
+
 def _exported(settings: SearchConfig, model: Path, target: str | None, hint: str | None) -> Subject:
     """An exported pair, in the engine that it was made for or in another one."""
     from evaluators.exported import ModelCard
@@ -151,6 +161,7 @@ def _exported(settings: SearchConfig, model: Path, target: str | None, hint: str
         raise InputError("--model", str(model), "no such file")
     card = ModelCard.beside(model)
     engine = target or card.runtime.engine
+    _refuse_hint(hint, engine)
     hint = hint or card.runtime.hint
     session = target_named(engine).prepare(model, settings.threads, hint)
     megabytes = model.stat().st_size / 1e6

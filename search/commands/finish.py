@@ -133,20 +133,20 @@ def _bench(study: SearchStudy, changes: dict[str, object]) -> Bench:
 def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> str:
     """Copy the pair of a trial, or make it again from its stored state; says which."""
     from evaluators.exported import CARD_FILE, model_in
-    from search.trials import evaluation_of, recipe_of
+    from search.trials import DUPLICATE_OF, evaluation_of, recipe_of
     from spaces.apply import PLAN_FILE, STATE_FILE, rebuild
     from spaces.effects import bits_by_layer
     from spaces.errors import InputError
 
-    source = study.trial_folder(number)
+    trials = study.optuna.get_trials(deepcopy=False)
+    source = study.trial_folder(trials[number].user_attrs.get(DUPLICATE_OF, number))
     if model_in(source).is_file() and (source / CARD_FILE).is_file():
         for file in (model_in(source), source / CARD_FILE):
             shutil.copyfile(file, folder / file.name)
         return "copied"
     if not all((source / name).is_file() for name in (PLAN_FILE, STATE_FILE)):
         raise InputError("--trial", number, "its files are gone from the artefact folder (see keep_mb)")
-    trial = study.optuna.get_trials(deepcopy=False)[number]
-    recipe, evaluation = recipe_of(trial), evaluation_of(trial)
+    recipe, evaluation = recipe_of(trials[number]), evaluation_of(trials[number])
     assert recipe is not None
     assert evaluation is not None, "its mAP was read before"
     bench = bench.at(recipe)

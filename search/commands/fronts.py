@@ -69,7 +69,7 @@ def fronts(
     if waiting:
         total = str(len(opened.optuna.get_trials(deepcopy=False)))
         say(f"{waiting} recipes wait in study {study}; evaluate them, then call this again for the report:")
-        plain = ("--study", study, "--sampler", "random", "--no-seeds", "--trials", total)
+        plain = ("--study", study, "--sampler", "random", "--no-seeds", "--no-rungs", "--trials", total)
         say(f"  {command('search', str(config), *plain)}")
         return 0
     rows = confirmed(opened, recorded.table(), recorded.base_map)

@@ -11,6 +11,7 @@ import typer
 
 from search.commands.hints import command
 from search.commands.options import require_place, say, tell_licence
+from search.files import whole_file
 
 if TYPE_CHECKING:
     from evaluators.datasets.split import DetectionSplit
@@ -143,9 +144,8 @@ def init(
         report=f"{_described(splits['report'])}, only for the final figures",
         workers=_workers(),
     )
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, file)
+    with whole_file(file) as draft:
+        draft.write_text(text, encoding="utf-8")
     say(f"wrote {file}; search with")
     say(f"  {command('search', str(file), *(['--checkpoint', 'FILE'] if checkpoint is None else []))}")
     return 0

@@ -279,7 +279,8 @@ def _models(
     from evaluators.exported import ModelCard, model_in
     from search.benchmarks.quietness import Model
     from search.benchmarks.recipes import exported
-    from search.retention import base_number, front_numbers
+    from search.front import chosen_numbers
+    from search.retention import base_number
     from search.strategy import probe_recipes
     from search.study import load_study
     from spaces.table import SpaceTable
@@ -294,7 +295,7 @@ def _models(
             made.append(Model(f"recipe {k}", one.session, part, recipe))
         return made
     opened = load_study(study, url=storage)
-    base, front = base_number(opened), front_numbers(opened)
+    base, front = base_number(opened), chosen_numbers(opened)
     others = [trial.number for trial in opened.optuna.get_trials(deepcopy=False)]
     numbers = [n for n in dict.fromkeys([*sorted(front), *others]) if n != base]
     files = {n: model_in(opened.trial_folder(n)) for n in numbers}

@@ -67,6 +67,7 @@ def overrides(
 ) -> dict[str, Any]:
     """The options as overrides of `search.config.load_config`."""
     from search.config import read_limits
+    from spaces.errors import InputError
 
     changes: dict[str, Any] = {
         "data.root": None if data is None else str(data),
@@ -76,7 +77,10 @@ def overrides(
         "seed": seed,
         "problem.limits.map_drop": None if max_map_drop is None else ["<=", max_map_drop],
     }
-    return changes | read_limits(limits or [])
+    read = read_limits(limits or [])
+    if max_map_drop is not None and "problem.limits.map_drop" in read:
+        raise InputError("--max-map-drop", max_map_drop, "there is a --limit of map_drop, too; keep one")
+    return changes | read
 
 
 def config_of(study: SearchStudy, changes: dict[str, Any]) -> SearchConfig:

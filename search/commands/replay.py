@@ -37,10 +37,16 @@ def gather(
     from evaluators.bench import Bench
     from search.benchmarks.recorded import gathered, read_recorded
     from search.study import load_study
+    from spaces.errors import InputError
 
     studies = [load_study(name, url=storage) for name in study]
     bench = Bench(config_of(studies[0], overrides(data, checkpoint)).bench)
     recorded = gathered(bench, studies, None if add is None else read_recorded(add))
+    try:
+        recorded.table()
+    except InputError:
+        remedy = "its space has bit_widths or a top-k of its own, which a file of recipes does not keep"
+        raise InputError("--study", study[0], remedy) from None
     recorded.write(output)
     say(f"{len(recorded.recipes)} recipes of {len(studies)} studies in {output}")
     return 0

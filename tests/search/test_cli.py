@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from optuna.exceptions import StorageInternalError
 
 from evaluators.datasets.digits import write_digits
 from search.cli import _typed, main
@@ -105,6 +107,20 @@ def test_a_place_that_cannot_be_used_is_one_line(
     monkeypatch.setattr("search.cli.app", fail(errno.EBADF))
     with pytest.raises(OSError, match="Bad file"):
         main(["front"])
+
+
+def test_a_database_that_does_not_answer_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: Any) -> None:
+        try:
+            raise sqlite3.OperationalError("database is locked")
+        except sqlite3.OperationalError as error:
+            raise StorageInternalError("An exception is raised during the commit.") from error
+
+    monkeypatch.setattr("search.cli.app", fail)
+    assert main(["front"]) == 1
+    assert capsys.readouterr().err == "paredown: the database does not answer: database is locked\n"
 
 
 @pytest.mark.parametrize("script", ["search", "front", "evaluate", "finish", "dashboard", "train_baseline"])
@@ -309,6 +325,7 @@ def test_evaluate_agrees_in_torch_and_in_both_engines(
         (["--model", "nowhere.onnx"], "no such file"),
         (["--target", "abacus"], "choose one of"),
         (["--hint", "f64"], "f32 or bf16"),
+        (["--hint", "bf16", "--target", "onnxruntime"], "is OpenVINO's, the engine is onnxruntime"),
         (["--trial", "3"], "no such file"),
     ],
 )

@@ -106,6 +106,11 @@ def test_the_configurations_of_the_project_are_read(file: Path) -> None:
             ": problem.limits.max_beauty",
             "limit one of map",
         ),
+        (
+            {**LEAST, "finetune": {"epochs": 0}, "problem": {"objectives": ["map", "train_step_ms"]}},
+            "problem",
+            "needs finetune.epochs of at least 1",
+        ),
         ({**LEAST, "problem": {"limits": {"max_map_drop": -1}}}, "max_map_drop", "write 0 or more"),
         ({**LEAST, "latency": {"max_rounds": 10}}, ": latency.max_rounds", "below min_rounds, 32"),
         ({**LEAST, "data": {"root": "x", "format": "voc"}}, "data.format", "'yolo'"),
@@ -155,5 +160,7 @@ def test_rungs_of_no_training_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["size_mb", "size_mb=2", "size_mb<=two", "<=3", "size_mb<=1.2.3"])
 def test_a_limit_must_be_written_as_one(text: str) -> None:
+    with pytest.raises(InputError, match="latency_ms already has a limit"):
+        read_limits(["latency_ms>=2", "latency_ms<=8"])
     with pytest.raises(InputError, match=r"latency_ms<=8"):
         read_limits([text])

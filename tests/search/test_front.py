@@ -13,8 +13,8 @@ from evaluators.evaluation import Evaluation, Measurement
 from evaluators.ranking import Problem
 from search.commands.finish import _stored_map
 from search.commands.search import _finale
-from search.front import FINAL, best_within, front_of, write_pictures
-from search.judge import ProblemJudge, allowed_loss, gain_of_training_further, reference_of
+from search.front import FINAL, best_within, chosen_numbers, front_of, write_pictures
+from search.judge import NEW_REFERENCE, ProblemJudge, allowed_loss, gain_of_training_further, reference_of
 from search.report import front_caption, front_cells
 from search.study import SearchStudy
 from search.trials import EVALUATION, RECIPE
@@ -255,3 +255,47 @@ def test_a_search_in_which_no_trial_keeps_the_limits_says_so(
     assert "finish" not in said
     assert "no trial keeps the limits" in front_of(study).remarks[0]
     assert front_of(study, problem).rows == []
+
+
+def test_the_limits_count_that_the_study_was_last_opened_with(tmp_path: Path) -> None:
+    """Trial 1 was told with a limit of 5 AP, 2 and 3 with one of 1; now it is 3."""
+    study = toy_study(tmp_path)
+    add(study, {"a": 0.0, "b": 0.0}, 60.0, 1.0)
+    add(study, {"a": 0.25, "b": 0.0}, 55.5, 0.5, excess=-0.1)
+    add(study, {"a": 0.5, "b": 0.0}, 58.0, 0.7, excess=1.0)
+    add(study, {"a": 0.75, "b": 0.0}, 59.5, 0.8, excess=-0.5)
+    assert [row.number for row in front_of(study).rows] == [0, 3, 1]
+    study.optuna.set_user_attr("config", {"problem": {"limits": {"map_drop": ["<=", 3.0]}}})
+    assert [row.number for row in front_of(study).rows] == [0, 3, 2]
+    assert chosen_numbers(study) == {0, 2, 3}
+
+
+def test_limits_in_ms_are_those_of_the_newest_reference(study: SearchStudy) -> None:
+    """The base took 10 ms and takes 20 now, so trial 3 at 0.5 takes 10."""
+    study.optuna.set_user_attr(NEW_REFERENCE, {"scale": 2.0})
+    problem = Problem.read({"limits": {"max_latency_ms": 10.0}})
+    assert [(row.number, row.latency_ms) for row in front_of(study, problem).rows] == [(3, 10.0), (4, 9.9)]
+    assert ProblemJudge(study, problem).constraints(measured(latency_ms=6.0, latency_ratio=0.6)) == [0.2]
+
+
+def test_who_kept_the_weights_trains_as_the_base_does(tmp_path: Path) -> None:
+    study = toy_study(tmp_path)
+    add(study, {"a": 0.0, "b": 0.0}, 60.0, 1.0, train_step_ms=500.0)
+    add(study, {"a": 0.25, "b": 0.0}, 59.5, 0.8)
+    add(study, {"a": 0.5, "b": 0.0}, 58.0, 0.7, train_step_ms=300.0)
+    problem = Problem.read({"limits": {"max_train_step_ms": 400.0}})
+    assert [row.number for row in front_of(study, problem).rows] == [2]
+    assert [row.number for row in front_of(study, Problem.read({})).rows] == [0, 1, 2]
+    judge = ProblemJudge(study, Problem(objectives=("map", "train_step_ms")))
+    assert judge.values(measured(map=59.5, latency_ratio=0.8)) == [59.5, 500.0]
+    memory = Problem.read({"limits": {"max_peak_memory_mb": 400.0}})  # which nobody measured
+    assert front_of(study, memory).rows == []
+
+
+def test_on_report_losses_count_from_the_base_as_it_came(tmp_path: Path) -> None:
+    study = toy_study(tmp_path)
+    add(study, {"a": 0.0, "b": 0.0}, 60.0, 1.0, map_trained_further=62.0)
+    study.optuna.set_user_attr(FINAL, {"split": "/data/report.json", "models": {"0": again(1.0, 50.0)}})
+    report = front_of(study, role="report")
+    assert report.losses_against == 50.0
+    assert "losses are against the base as it came" in report.remarks[0]

@@ -84,3 +84,19 @@ def test_what_is_not_there_stays_infinite_and_counts_nothing() -> None:
     fitted = fit_loss(table, damage, Finished(options, np.full(4, 55.0), np.ones(4)), 60.0)
     assert (np.isinf(fitted.loss) == np.isinf(damage)).all()
     assert (fitted.loss[:, 0] == 0).all()
+
+
+def test_trials_whose_choices_do_no_damage_leave_the_scale_alone() -> None:
+    """Most trials chose what does none; the last one lost 0.5 AP by options of damage 0.05."""
+    table = toy_table()
+    damage = np.full((len(table.names), int(max(table.sizes))), 0.05)
+    damage[:, 0] = damage[0] = 0.0
+    options = np.zeros((7, len(table.names)), np.int64)
+    options[1:6, 0] = 1
+    options[6, 1] = 1
+    quality = np.array([60.0, 60.1, 59.9, 60.0, 59.9, 59.8, 59.5])
+    model = fit_loss(table, damage, Finished(options, quality, np.ones(7)), 60.0)
+    assert model.loss[1, 1] == pytest.approx(0.5, abs=0.3)
+    untold = fit_loss(table, damage, Finished(options[:6], quality[:6], np.ones(6)), 60.0)
+    assert np.isfinite(untold.loss).all()
+    assert untold.loss.max() < 1.0

@@ -15,7 +15,8 @@ from evaluators.bench import Bench
 from evaluators.bench_config import LatencyConfig
 from evaluators.quiet import QuietSlot
 from evaluators.targets.base import Detections
-from search.front import FINAL, NEW_REFERENCE
+from search.front import FINAL
+from search.judge import NEW_REFERENCE
 from search.reference import renew_reference
 from search.study import SearchStudy, open_study, target_differences
 from spaces.errors import InputError

@@ -82,3 +82,11 @@ def test_what_the_caller_wants_stays_and_so_does_the_base(tmp_path: Path) -> Non
     study = filled_study(tmp_path)
     retain(study, keep_mb=1.0, keep=[4])
     assert files(study) == {0: ALL, 1: KEPT, 2: KEPT, 3: KEPT, 4: ALL, 5: [], 6: ALL}
+
+
+def test_what_is_no_trials_does_not_count(tmp_path: Path) -> None:
+    study = filled_study(tmp_path)
+    (study.artifacts / "peers").mkdir()
+    (study.artifacts / "peers" / "model.onnx").write_bytes(b"p" * 30000)
+    kept = retain(study, keep_mb=0.03)
+    assert (kept.states, kept.over_limit) == ((2, 4), False)

@@ -157,7 +157,10 @@ def test_any_optuna_sampler_can_take_its_place(name: str) -> None:
     assert isinstance(sampler_named(name)(0), optuna.samplers.BaseSampler)
 
 
-@pytest.mark.parametrize("name", ["simulated-annealing", "nowhere:Class", "optuna.samplers:Nothing"])
+@pytest.mark.parametrize(
+    "name",
+    ["simulated-annealing", "nowhere:Class", "optuna.samplers:Nothing", "optuna.samplers:GridSampler"],
+)
 def test_unknown_samplers_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="sampler"):
         sampler_named(name)

@@ -86,6 +86,13 @@ def test_somebody_elses_study_is_left_alone(tmp_path: Path) -> None:
         open_study("mine", FINGERPRINT, OBJECTIVES, url=url)
 
 
+def test_a_study_of_other_objectives_without_trials_is_refused(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/theirs.db"
+    optuna.create_study(study_name="toy", storage=url, directions=["minimize", "maximize"])
+    with pytest.raises(InputError, match="has other objectives"):
+        toy_study(tmp_path, "toy", url)
+
+
 def test_reading_makes_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         load_study("toy", url=f"sqlite:///{tmp_path}/none.db")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from evaluators.bench import Bench
 from evaluators.jobs import Job
+from evaluators.ranking import Problem
 from search.knowledge import WARM, measured_damage
 from search.preparation import PREPARED
 from search.retention import front_numbers
 from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, single_changes, store_sensitivity
+from search.strategy import Strategy
 from search.study import SearchStudy, open_study
 from search.warm_start import refuse_unfit, take_over, warm_seeds
 from spaces.errors import InputError
@@ -110,6 +114,19 @@ def test_seeds_are_the_front_of_the_other_study(tmp_path: Path, problem: MadeUp,
     front = [trials[n].params for n in front_numbers(source) if n]
     assert warm_seeds(study)
     assert all(params in front for params in warm_seeds(study))
+
+
+def test_their_seeds_are_enqueued_without_any_of_our_own(
+    tmp_path: Path, problem: MadeUp, source: SearchStudy
+) -> None:
+    study = new_study(tmp_path, "new")
+    take_over(study, source, problem.table)
+    bench = cast(Bench, SimpleNamespace(space=problem.table.space, config=SimpleNamespace(seed=0)))
+    Strategy(bench, study, Problem(), "tpe", seeds=False).on_prepared(study)
+    assert [t.user_attrs["origin"] for t in study.optuna.get_trials()] == ["warm start"] * len(
+        warm_seeds(study)
+    )
+    assert warm_seeds(study)
 
 
 def test_their_damage_stands_in_for_what_could_not_be_measured(

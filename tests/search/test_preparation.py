@@ -1,0 +1,104 @@
+"""Preparatory jobs that several drivers share: each is had once, also where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from evaluators.jobs import Job
+from search.owners import driver_of
+from search.parts import SearchParts
+from search.progress import Progress
+from search.source import StudySource
+from search.study import SearchStudy
+from search.workers import FINISHED
+from tests.search.fake_workers import ToyWorker
+from tests.search.toy_problem import toy_parts, toy_study
+
+
+class Three:
+    """A planner of three jobs."""
+
+    def __init__(self, study: SearchStudy) -> None:
+        self._study = study
+
+    def pending(self) -> list[Job]:
+        names = [f"probe {k}/3" for k in (1, 2, 3)]
+        return [Job(kind="p", name=name) for name in names if name not in self._study.job_results()]
+
+
+class Two:
+    """Two drivers of one study in this process, and what `on_prepared` was called by."""
+
+    def __init__(self, folder: Path) -> None:
+        self.called: list[str] = []
+        self.studies = {name: toy_study(folder) for name in "AB"}
+
+    def parts(self, name: str) -> SearchParts:
+        return toy_parts(planner=Three(self.studies[name]), on_prepared=lambda _: self.prepared(name))
+
+    def prepared(self, name: str) -> None:
+        self.called.append(name)
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Iterator[tuple[Two, StudySource, StudySource]]:
+    two = Two(tmp_path)
+    with driver_of(two.studies["A"].optuna) as a, driver_of(two.studies["B"].optuna) as b:
+        first, second = (
+            StudySource(two.studies[name], two.parts(name), driver, 10, Progress(10, quiet=True))
+            for name, driver in (("A", a), ("B", b))
+        )
+        yield two, first, second
+
+
+def asked(source: StudySource) -> Job | None:
+    """The next job, without the pause after there was none."""
+    source._idle_until = 0.0
+    job = source.next_job()
+    assert job is not FINISHED
+    return job  # type: ignore[return-value]
+
+
+def done(source: StudySource, job: Job, fails: bool = False) -> None:
+    source.started(job, 0)
+    if fails:
+        source.failed(job, "measure", "boom", "")
+    else:
+        source.done(job, list(ToyWorker().run(job))[-1].result or {})
+
+
+def test_a_job_that_failed_in_one_driver_does_not_hold_up_another(
+    sources: tuple[Two, StudySource, StudySource],
+) -> None:
+    _, first, second = sources
+    for _ in range(4):
+        job = asked(first)
+        assert job is not None
+        done(first, job, fails=job.name == "probe 2/3")
+    names = [job.name if (job := asked(second)) else None for _ in range(2)]
+    assert names == ["trial 1", "trial 2"]
+
+
+def test_seeds_are_made_by_one_driver_while_another_asks(
+    sources: tuple[Two, StudySource, StudySource],
+) -> None:
+    two, first, second = sources
+    for _ in range(4):
+        job = asked(first)
+        assert job is not None
+        done(first, job)
+    meanwhile: list[Job | None] = []
+    before = two.prepared
+
+    def slowly(name: str) -> None:
+        before(name)
+        meanwhile.append(asked(second))
+
+    two.prepared = slowly  # type: ignore[method-assign]
+    assert asked(first) is not None
+    assert (two.called, meanwhile) == (["A"], [None])
+    assert asked(second) is not None
+    assert two.called == ["A"]
