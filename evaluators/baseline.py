@@ -79,7 +79,7 @@ def train_baseline(
 
     Args:
         config: what to train.
-        output: the weights, `.safetensors`, stored in half precision; figures are of what was stored.
+        output: the weights, `.safetensors`, parameters in half precision; figures are of what was stored.
         folder: for the images' cache and the checkpoint that a second call goes on from.
         start: weights to begin with, a file or a name that torchvision publishes; classes that they lack
             begin with fresh ones.

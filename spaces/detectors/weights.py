@@ -77,10 +77,26 @@ def load_weights(
     others = [k for k, value in weights.items() if value.shape != expected[k].shape]
     if others:
         raise InputError("checkpoint", str(path), _mismatch(network, others, weights, expected))
-    broken = [k for k, value in weights.items() if not bool(torch.isfinite(value).all())]
+    parameters = _parameters(network)
+    broken = [
+        name
+        for name, value in weights.items()
+        if not bool((value.isfinite() | _open(expected[name], name in parameters)).all())
+    ]
     if broken:
         raise InputError("checkpoint", str(path), f"holds values that are not finite, in {broken[0]} first")
     network.load_state_dict({**expected, **weights})
+
+
+def _parameters(network: nn.Module) -> set[str]:
+    """Names of what is learned, those of shared parameters all; the others of a state_dict are buffers."""
+    return {name for name, _ in network.named_parameters(remove_duplicate=False)}
+
+
+def _open(own: Tensor, learned: bool) -> Tensor:
+    """Where a file may hold what is not finite: where the network's own buffer does, a mask of -inf."""
+    own = own.cpu()
+    return torch.zeros_like(own, dtype=torch.bool) if learned else ~own.isfinite()
 
 
 def _under_all_names(weights: dict[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -94,11 +110,23 @@ def _under_all_names(weights: dict[str, Tensor], expected: Mapping[str, Tensor])
 
 
 def save_weights(network: nn.Module, path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write the weights as safetensors, whole or not at all, floating point as `dtype` where one is given."""
-    tensors = {
-        name: value.detach().to("cpu", dtype if value.is_floating_point() else None).contiguous()
-        for name, value in network.state_dict().items()
-    }
+    """Write the weights as safetensors, whole or not at all.
+
+    Args:
+        network: whose they are.
+        path: of the file.
+        dtype: of floating-point parameters, where one is given; those that hold more than it can stay what
+            they are. So do buffers: statistics, and what a network computes with, such as the middles of
+            cells, which half precision would move by up to half a pixel.
+    """
+    parameters = _parameters(network)
+    tensors = {}
+    for name, value in network.state_dict().items():
+        tensors[name] = value.detach().cpu().contiguous()
+        if dtype is not None and name in parameters and value.is_floating_point():
+            short = tensors[name].to(dtype)
+            if torch.equal(short.isfinite(), tensors[name].isfinite()):
+                tensors[name] = short
     write_tensors(tensors, path)
 
 

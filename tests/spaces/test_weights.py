@@ -59,8 +59,42 @@ def test_half_precision_files_give_single_precision_networks(tmp_path: Path) -> 
     source, target = network(), network()
     save_weights(source, tmp_path / "w.safetensors", torch.float16)
     load_weights(target, tmp_path / "w.safetensors")
-    assert_equal(source.half().float(), target)
+    for parameter in source.parameters():
+        parameter.data = parameter.data.half().float()
+    assert_equal(source, target)
     assert {p.dtype for p in target.parameters()} == {torch.float32}
+
+
+class Buffers(nn.Module):
+    """What half precision cannot hold: middles of cells, an area, a large parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.scale = nn.Conv2d(3, 4, 1), nn.Parameter(torch.tensor([1e5, 1.0 + 2**-20]))
+        self.register_buffer("centres", torch.arange(4, 2564, 8).float() + 0.5)
+        self.register_buffer("area", torch.tensor(640.0 * 640.0))
+        self.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+
+
+def test_half_precision_is_for_parameters_that_fit_into_it(tmp_path: Path) -> None:
+    source, target = Buffers(), Buffers()
+    source.centres += 0.25
+    save_weights(source, tmp_path / "w.safetensors", torch.float16)
+    load_weights(target, tmp_path / "w.safetensors")
+    for name in ("centres", "area", "mask", "scale"):
+        assert torch.equal(getattr(source, name), getattr(target, name)), name
+    assert load_file(tmp_path / "w.safetensors")["layer.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("name", ["mask", "layer.weight"])
+def test_only_a_buffer_may_be_infinite_and_only_where_the_networks_own_is(tmp_path: Path, name: str) -> None:
+    source = Buffers()
+    source.state_dict()[name].view(-1)[0] = float("-inf")  # of the mask a place that is 0
+    save_weights(source, tmp_path / "w.safetensors")
+    target = Buffers()
+    target.layer.weight.data.fill_(float("nan"))  # a training that diverged must not excuse its own file
+    with pytest.raises(InputError, match=f"not finite, in {name} first"):
+        load_weights(target, tmp_path / "w.safetensors")
 
 
 class _Malice:
