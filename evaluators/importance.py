@@ -38,7 +38,8 @@ def taylor_scores(
     """Squared first-order change of the task loss when a channel's norm output is set to 0.
 
     `sum over batches of (gamma * dL/dgamma + beta * dL/dbeta)^2` per channel of each normalisation layer
-    (Molchanov et al. 2019, arXiv 1906.10771, at gates behind the norm), so that dead channels score 0.
+    (Molchanov et al. 2019, arXiv 1906.10771, at gates behind the norm), so that dead channels score 0. A norm
+    without beta has the first term alone.
 
     Args:
         network: the base; left untouched.
@@ -55,8 +56,8 @@ def taylor_scores(
         parameter.requires_grad_(False)
     norms = _norms(network)
     for norm in norms.values():
-        norm.weight.requires_grad_(True)
-        norm.bias.requires_grad_(True)
+        for learned in _affine(norm):
+            learned.requires_grad_(True)
     scores: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
     for first in range(0, min(batches * batch_size, len(images)), batch_size):
         indices = np.arange(first, min(first + batch_size, len(images)))
@@ -64,15 +65,20 @@ def taylor_scores(
             outputs = network(batch_of(images, detector, indices, mirrored=False))
             loss = detector.loss(outputs, [images.labels(int(k)) for k in indices])
             for norm in norms.values():  # not by network.zero_grad: the weights of frozen ones are buffers
-                norm.weight.grad = norm.bias.grad = None
+                for learned in _affine(norm):
+                    learned.grad = None
             if loss.requires_grad:  # else no norm is on the way to it
                 loss.backward()  # type: ignore[no-untyped-call]
         for name, norm in norms.items():
-            if norm.weight.grad is None or norm.bias.grad is None:
-                continue
-            change = norm.weight.detach() * norm.weight.grad + norm.bias.detach() * norm.bias.grad
-            scores[name] = scores[name] + change.double().square()
+            changes = [one.detach() * one.grad for one in _affine(norm) if one.grad is not None]
+            if changes:
+                scores[name] = scores[name] + torch.stack(changes).sum(dim=0).double().square()
     return {name: score for name, score in scores.items() if score.dim() == 1}
+
+
+def _affine(norm: Any) -> list[Tensor]:
+    """Its scale, and its shift if it has one."""
+    return [norm.weight] if norm.bias is None else [norm.weight, norm.bias]
 
 
 def _norms(network: nn.Module) -> dict[str, Any]:

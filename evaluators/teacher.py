@@ -23,10 +23,14 @@ from spaces.detectors.base import Detector, Outputs
 BATCH = 8
 LIMIT_MB = 4096
 """Above this the teacher runs beside the student instead: the outputs would not stay in memory."""
+MOST = float(torch.finfo(torch.float16).max)
 
 
 class TeacherOutputs:
     """Raw outputs of a frozen network on all images, plain and mirrored, stored as float16.
+
+    What is beyond its range, such as logits masked with -1e9, becomes its largest number of that sign; so it
+    does where nothing is stored, for the same loss.
 
     Args:
         network: the teacher, in evaluation mode.
@@ -95,7 +99,7 @@ class TeacherOutputs:
     def _forward(self, indices: NDArray[np.int64], mirrored: bool) -> Outputs:
         with torch.no_grad():
             outputs: Outputs = self._network(batch_of(self._images, self._detector, indices, mirrored))
-        return outputs
+        return tuple(output.clamp(-MOST, MOST) for output in outputs)
 
 
 def batch_of(images: LetterboxedImages, detector: Detector, indices: NDArray[Any], mirrored: bool) -> Tensor:

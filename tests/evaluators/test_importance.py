@@ -89,6 +89,26 @@ def test_dead_channels_score_0_and_the_base_is_left_alone(
     assert not any(p.requires_grad or p.grad is not None for p in network.parameters())
 
 
+class NoShift(nn.Module):
+    """A norm without shift; torch below 2.14 makes none, but a user may take its shift away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.out = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 15, 1)
+        self.norm.register_parameter("bias", None)
+
+    def forward(self, images: Tensor) -> Outputs:
+        return (self.out(self.norm(self.a(images))),)
+
+
+def test_a_norm_without_shift_is_scored_by_its_scale(fit_images: LetterboxedImages, slot: QuietSlot) -> None:
+    torch.manual_seed(0)
+    network = NoShift().eval()
+    network.norm.weight.data[3] = 0.0
+    scores = taylor_scores(network, SMOOTH, fit_images, slot, batches=1, batch_size=2)["norm"]
+    assert [k for k, score in enumerate(scores.tolist()) if score == 0] == [3]
+
+
 def test_a_network_without_norms_has_no_scores(fit_images: LetterboxedImages, slot: QuietSlot) -> None:
     """Its channels are judged by magnitude then."""
     network = nn.Conv2d(3, 4, 1)

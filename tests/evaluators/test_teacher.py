@@ -93,6 +93,38 @@ def test_too_many_run_live(
     assert not (tmp_path / "new").exists()
 
 
+class Masked(nn.Module):
+    """A network whose first output has logits that are masked, its second infinite ones."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> Outputs:
+        first, second, *others = self.network(images)
+        first[:, 5:8] = -1e9
+        second[:, 5:8] = float("inf")
+        return first, second, *others
+
+
+def test_logits_that_half_precision_cannot_hold_stay_finite_stored_or_not(
+    digits_base: nn.Module,
+    digits_detector: Detector,
+    fit_images: LetterboxedImages,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    masked = Masked(digits_base)
+    stored = TeacherOutputs(masked, digits_detector, fit_images, tmp_path, "key", False)
+    monkeypatch.setattr(module, "LIMIT_MB", 0.0)
+    live = TeacherOutputs(masked, digits_detector, fit_images, tmp_path, "key", False)
+    student = digits_base(batch_of(fit_images, digits_detector, SOME, True))
+    losses = [float(digits_detector.distillation(student, one(SOME, False))) for one in (stored, live)]
+    assert np.isfinite(losses).all()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert float(stored(SOME, False)[0][:, 5:8].max()) == -65504.0
+
+
 def test_a_mirrored_batch_is_the_batch_from_right_to_left(
     digits_detector: Detector, fit_images: LetterboxedImages
 ) -> None:
