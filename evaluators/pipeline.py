@@ -24,6 +24,7 @@ from evaluators.rungs import TrialRungs, forget_rungs
 from evaluators.stage_clock import StageClock
 from spaces.apply import apply, rebuild, save
 from spaces.effects import bits_by_layer, integers_by_layer
+from spaces.layers import learning
 from spaces.methods.base import Draft
 from spaces.recipe import Recipe
 
@@ -77,7 +78,7 @@ class CandidateWorker:
         folder = self._folder(job)
         with bench.slot.computing():
             draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
-        draft.network.requires_grad_(True)
+        learning(draft.network)
         aware = rounds_in_training(bench.config.finetune, integers_by_layer(recipe, bench.sites))
         trained = draft.changed or aware  # what only changes its bit-widths keeps its weights
         yield clock.ended("compress", "load the teacher" if trained else "export")
@@ -177,7 +178,7 @@ class CandidateWorker:
         if bench.config.finetune.epochs == 0:
             return
         further = apply(bench.base, bench.identity, bench.sites)
-        further.network.requires_grad_(True)
+        learning(further.network)
         step_ms: list[float] = []
         yield from self._fine_tune(further.network, seed, clock, step_ms, named="train the base further")
         metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")

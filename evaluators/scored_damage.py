@@ -86,7 +86,7 @@ def shaken(network: nn.Module, strength: float) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for parameter in noisy.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() > 1:
+        if parameter.dim() > 1 and parameter.is_floating_point():
             parameter.data += strength * parameter.data.std(correction=0) * noise
     return noisy
 

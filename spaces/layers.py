@@ -8,6 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from spaces.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,31 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.Linear)
 
 
+def learning(network: nn.Module) -> nn.Module:
+    """The network, in place, with gradients for all parameters that can have them: whole numbers cannot."""
+    for parameter in network.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return network
+
+
 def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFacts]:
     """Facts of every layer that runs, in the order of execution, by module name.
 
     Args:
         network: takes `(1, 3, H, W)`; its mode is left as it was.
         size: height and width of the input in pixels.
+
+    Raises:
+        InputError: a layer is called by keyword, where nothing can be put before or behind it.
     """
     found: dict[str, LayerFacts] = {}
     fixed = _fixed(network)
 
     def record(name: str) -> object:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if not inputs:
+                remedy = "is called with input=...; call layers without the keyword"
+                raise InputError("model", name, remedy)
             facts = replace(_facts(name, module, inputs[0], output), replaceable=name not in fixed)
             found[name] = _both(found[name], facts) if name in found else facts
 
@@ -94,13 +110,17 @@ READ_BY_PARENT = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.Transfor
 
 
 def _fixed(network: nn.Module) -> set[str]:
-    """Layers that stay what they are: under two names, or read by the module that they are in."""
+    """Layers that stay what they are: under two names, read by the module that they are in, or of a class of
+    the user's own, which may compute anything.
+    """
     count = Counter(id(module) for _, module in network.named_modules(remove_duplicate=False))
     named = dict(network.named_modules())
     return {
         name
         for name, module in named.items()
-        if count[id(module)] > 1 or isinstance(named[name.rpartition(".")[0]], READ_BY_PARENT)
+        if count[id(module)] > 1
+        or isinstance(named[name.rpartition(".")[0]], READ_BY_PARENT)
+        or type_before_parametrizations(module) not in (nn.Conv2d, nn.Linear)
     }
 
 
@@ -118,8 +138,9 @@ def _both(first: LayerFacts, second: LayerFacts) -> LayerFacts:
 
 
 def _extent(maps: Tensor) -> tuple[int, int]:
-    """Height and width of a map `(1, C, H, W)`; of more than one, all positions in a column."""
-    rows, _, height, width = (int(side) for side in maps.shape)
+    """Height and width of a map `(1, C, H, W)` or `(C, H, W)`; of several, all positions in a column."""
+    *batch, _, height, width = (int(side) for side in maps.shape)
+    rows = math.prod(batch)
     return (height, width) if rows == 1 else (rows * height * width, 1)
 
 

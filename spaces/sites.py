@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spaces.activations import ActivationSite, activation_sites
 from spaces.best_boxes import SuppressionSite, suppression_site
@@ -17,12 +17,14 @@ from spaces.blocks import BlockSite, blocks_of
 from spaces.detectors.base import Detector
 from spaces.gates import gate_sites
 from spaces.inputs import InputSite, Size, input_site
-from spaces.layers import LayerFacts, trace_layers
+from spaces.layers import LayerFacts, learning, trace_layers
 from spaces.norms import NORMS, in_whole_groups
 from spaces.proposals import ProposalSite, proposal_sites
 from spaces.residual import residual_sites
 from spaces.slicing import channels_left, slice_layers
 from spaces.tracing import dependency_graph
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,7 @@ def find_sites(
     for another size, its input is one, too; so is suppression, where `topk` boxes may go into it.
     """
     facts = trace_layers(network, detector.preprocess.size)
+    facts = _replaceable(network, facts, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
     channel = _that_hold(network, channel, detector.preprocess.size)
     layer = {site.name: site for site in _layer_sites(facts, siblings=False)}
@@ -147,7 +150,7 @@ def _that_hold(
     """The sites without which the network still runs, half of their channels taken away.
 
     What indexes channels by fixed numbers (splits, shuffles, slices) may be beyond the tracer. One pass tells
-    for all sites; where it fails they are tried in halves, down to single ones.
+    for all sites where it does not fail.
     """
     images = torch.zeros(1, 3, *size)
     with torch.no_grad():
@@ -160,18 +163,56 @@ def _that_hold(
             for name, site in some.items()
         }
         halved = copy.deepcopy(network).eval()
-        slice_layers(halved, channels_left(halved, some, kept))
-        try:
+        try:  # parametrizations of weights may not take fewer
+            slice_layers(halved, channels_left(halved, some, kept))
             with torch.no_grad():
                 return [output.shape for output in halved(images)] == whole
         except Exception:  # whatever the user's code raises where channels are not as many as it is used to
             return False
 
-    good: dict[str, ChannelSite] = {}
-    waiting = [list(sites)]
+    return _tried(sites, holds)
+
+
+def _replaceable(
+    network: nn.Module, facts: Mapping[str, LayerFacts], size: tuple[int, int]
+) -> dict[str, LayerFacts]:
+    """Facts in which layers stay what they are whose weights the code around them reads, past the layers."""
+    images = torch.zeros(1, 3, *size)
+
+    def holds(some: Mapping[str, LayerFacts]) -> bool:
+        draft = copy.deepcopy(network).eval()
+        for name in some:
+            draft.set_submodule(name, _InPlace(draft.get_submodule(name)))
+        try:
+            with torch.no_grad():
+                draft(images)
+        except Exception:  # whatever the user's code raises where a layer is none
+            return False
+        return True
+
+    free = _tried({name: layer for name, layer in facts.items() if layer.replaceable}, holds)
+    return {name: replace(layer, replaceable=name in free) for name, layer in facts.items()}
+
+
+class _InPlace(nn.Module):
+    """Computes what a layer does, without being one."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # in a tuple it is no submodule
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        output: Tensor = self._layer[0](inputs)
+        return output
+
+
+def _tried(parts: Mapping[str, T], holds: Callable[[Mapping[str, T]], bool]) -> dict[str, T]:
+    """As many parts as hold together: all at once, then in halves, down to single ones."""
+    good: dict[str, T] = {}
+    waiting = [list(parts)]
     while waiting:
         names = waiting.pop()
-        tried = good | {name: sites[name] for name in names}
+        tried = good | {name: parts[name] for name in names}
         if holds(tried):
             good = tried
         elif len(names) > 1:
@@ -192,7 +233,7 @@ def _channel_sites(
     detector: Detector, network: nn.Module, facts: Mapping[str, LayerFacts]
 ) -> list[ChannelSite]:
     # torch-pruning follows gradients, which a frozen base has none of.
-    network = copy.deepcopy(network).eval().requires_grad_(True)
+    network = learning(copy.deepcopy(network).eval())
     opaque = getattr(detector, "opaque_modules", lambda _: ())(network)
     graph = dependency_graph(network, detector.preprocess.size, opaque)
     modules = dict(network.named_modules())

@@ -48,8 +48,10 @@ def lively_network(detector: Detector, seed: int = 0) -> nn.Module:
         norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = 1.0
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.2)
+            if isinstance(norm.weight, nn.Parameter):
+                nn.init.uniform_(norm.weight, 0.5, 1.5)
+            if isinstance(norm.bias, nn.Parameter):
+                nn.init.normal_(norm.bias, std=0.2)
     produced: dict[str, list[Tensor]] = {name: [] for name in detector.output_layers(network)}
     handles = [
         network.get_submodule(name).register_forward_hook(lambda *call, kept=kept: kept.append(call[2]))
@@ -63,7 +65,8 @@ def lively_network(detector: Detector, seed: int = 0) -> nn.Module:
         network.eval()(images)
         for name, kept in produced.items():
             layer = network.get_submodule(name)
-            rows = torch.cat([t.transpose(0, 1).flatten(1) if t.dim() > 2 else t.T for t in kept], dim=1)
+            axis = -1 if isinstance(layer, nn.Linear) else -3  # of the channels
+            rows = torch.cat([t.movedim(axis, 0).flatten(1) for t in kept], dim=1)
             assert isinstance(layer.weight, nn.Parameter)
             spread = rows.std(dim=1).clamp_min(1e-6)
             layer.weight.div_(spread.view(-1, *(1,) * (layer.weight.dim() - 1)))

@@ -3,9 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
 
 from spaces.apply import apply
+from spaces.capabilities import Capabilities
 from spaces.detectors.base import Outputs
+from spaces.errors import InputError
+from spaces.methods.factorize import Factorization
 from spaces.recipe import Prune, Recipe
 from spaces.sites import find_sites
 from tests.spaces.toy import ToyDetector, ToyNetwork
@@ -102,3 +107,91 @@ def test_macs_by_hand() -> None:
     assert facts["stem.0"].macs(3, 16) == 16 * 3 * 9 * 16 * 16
     assert facts["thin.0"].macs(40, 40) == 40 * 9 * 16 * 16
     assert facts["thin.0"].macs(24, 24) == 24 * 9 * 16 * 16
+
+
+class Odd(ToyNetwork):
+    """The toy with something in it that is not a plain layer called in the plain way."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        wide = self.wide[0]
+        if kind == "spectral norm":
+            parametrizations.spectral_norm(wide)
+        elif kind == "weight norm":
+            parametrizations.weight_norm(wide)
+        elif kind == "no way back":
+            parametrize.register_parametrization(wide, "weight", Halved())
+        elif kind == "whole numbers":
+            self.levels = nn.Parameter(torch.arange(4), requires_grad=False)
+        elif kind == "own class":
+            self.wide[0] = Centred(40, 32, 1, bias=False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        if self.kind == "unbatched":
+            return (torch.stack([self.out(one) for one in self._features(images)]),)
+        if self.kind == "keyword":
+            return (self.out(input=self._features(images)),)
+        if self.kind == "read weight":
+            return (
+                self.out(self._features(images)) + F.conv2d(self.stem(images), self.right[0].weight)[:, :4],
+            )
+        return (self.out(self._features(images)),)
+
+    def _features(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        x = x + self.left(x)
+        found: Tensor = self.wide(self.thin(torch.cat((x, self.right(x)), dim=1)))
+        return found
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+class Centred(nn.Conv2d):
+    """Computes with other weights than it holds (weight standardisation)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost"),
+    [
+        ("plain", set()),
+        ("spectral norm", {"stem.0", "right.0", "wide.0"}),
+        ("weight norm", set()),
+        ("no way back", {"stem.0", "right.0", "wide.0"}),
+        ("whole numbers", set()),
+        ("unbatched", set()),
+    ],
+)
+def test_what_cannot_be_sliced_is_left_alone(kind: str, lost: set[str]) -> None:
+    sites = find_sites(ToyDetector(), Odd(kind).eval())
+    assert set(sites.channel) == {"stem.0", "right.0", "wide.0"} - lost
+    assert (sites.facts["out"].read, sites.facts["out"].written) == ((16, 16), (16, 16))
+    network = Odd(kind).eval()
+    choices = tuple(Prune(site=name, sparsity=0.5) for name in sites.channel)
+    pruned = apply(network, Recipe(detector="toy", choices=choices), sites).network
+    assert pruned(torch.rand(1, 3, 16, 16))[0].shape == (1, 4, 16, 16)
+
+
+def test_a_layer_that_is_called_by_keyword_is_named() -> None:
+    with pytest.raises(InputError, match=r"model: 'out': is called with input=\.\.\.; call layers without"):
+        find_sites(ToyDetector(), Odd("keyword").eval())
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [("plain", set()), ("weight norm", set()), ("own class", {"wide.0"}), ("read weight", {"right.0"})],
+)
+def test_layers_that_are_more_than_layers_keep_their_rank(kind: str, whole: set[str]) -> None:
+    network = Odd(kind).eval()
+    sites = find_sites(ToyDetector(), network)
+    assert {name for name, facts in sites.facts.items() if not facts.replaceable} == whole
+    offered = Factorization().options(sites, Capabilities(channel_granule=1))
+    assert {"left.0", "right.0", "wide.0"} - offered.keys() == whole
+    factorised = apply(network, Recipe(detector="toy", choices=tuple(c[-1] for c in offered.values())), sites)
+    assert factorised.network(torch.rand(1, 3, 16, 16))[0].shape == (1, 4, 16, 16)
