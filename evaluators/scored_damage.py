@@ -13,6 +13,7 @@ from torch import nn
 from evaluators.accuracy import score_session
 from evaluators.bench import Bench
 from evaluators.datasets.letterbox import spread
+from evaluators.datasets.split import DetectionSplit, is_object
 from evaluators.norms import measure_norms
 from evaluators.torch_session import TorchSession
 from spaces.recipe import Recipe
@@ -35,13 +36,13 @@ class ScoredDamage:
 
     Args:
         bench: at the study's size.
-        count: images of select that are scored.
+        count: images of select that are scored, those with objects first.
     """
 
     def __init__(self, bench: Bench, count: int = IMAGES) -> None:
         self._bench = bench
         split = bench.splits["select"]
-        picked = {split.images[int(k)].id for k in spread(len(split.images), count)}
+        picked = scored_images(split, count)
         self._split = split.part(split.role, split.name, lambda image: image.id in picked)
 
     def of(self, recipe: Recipe) -> float:
@@ -78,6 +79,18 @@ class ScoredDamage:
                 distances.append(float(detector.distillation(network(images), wanted)))
                 lost.append(plain - self._score(bench, network))
         return lost, distances
+
+
+def scored_images(split: DetectionSplit, count: int) -> set[int]:
+    """Ids of up to `count` images, evenly spread: of those with objects, then of the others if that leaves
+    room. Where few images have any, a spread over all of them might meet none.
+    """
+    objects = {one["image_id"] for one in split.annotations if is_object(one)}
+    picked: set[int] = set()
+    for wanted in (True, False):
+        ids = [image.id for image in split.images if (image.id in objects) == wanted]
+        picked |= {ids[int(k)] for k in spread(len(ids), count - len(picked))}
+    return picked
 
 
 def shaken(network: nn.Module, strength: float) -> nn.Module:
