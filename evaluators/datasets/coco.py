@@ -11,6 +11,11 @@ from evaluators.datasets.split import DetectionSplit, ImageRecord, checked_split
 from spaces.detectors.base import Category
 from spaces.errors import InputError
 
+IMAGE_IDS, CATEGORY_IDS = 2**63, 2**31
+"""Ids must be below, and not below minus that: arrays hold those of images, OpenVINO's outputs those of
+categories, in as many bits.
+"""
+
 
 def annotation_files(root: Path) -> dict[str, Path]:
     """The annotations of a data set by name: `val` or `instances_val2017`."""
@@ -37,7 +42,7 @@ def read_coco(root: Path, source: Path, role: str) -> DetectionSplit:
     ]
     images = [
         ImageRecord(
-            id=_integer(source, "image", position, row, "id"),
+            id=_id(source, "image", position, row, IMAGE_IDS),
             path=_find_image(source, _text(source, "image", position, row, "file_name"), folders),
             width=_integer(source, "image", position, row, "width", least=1),
             height=_integer(source, "image", position, row, "height", least=1),
@@ -46,7 +51,7 @@ def read_coco(root: Path, source: Path, role: str) -> DetectionSplit:
     ]
     categories = [
         Category(
-            id=_integer(source, "category", position, row, "id"),
+            id=_id(source, "category", position, row, CATEGORY_IDS),
             name=_text(source, "category", position, row, "name"),
         )
         for position, row in enumerate(_rows(source, document, "categories"))
@@ -76,7 +81,7 @@ def _annotation(source: Path, position: int, row: dict[str, Any]) -> dict[str, A
 
 def _read_json(source: Path) -> dict[str, Any]:
     try:
-        document = json.loads(source.read_text(encoding="utf-8"))
+        document = json.loads(source.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError("annotations", str(source), f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -116,6 +121,17 @@ def _integer(
     if type(value) is not int or (least is not None and value < least):
         above = "" if least is None else f" of at least {least}"
         raise InputError(f"{where}: {key}", value, f"must be a whole number{above}")
+    return value
+
+
+def _id(source: Path, kind: str, position: int, row: dict[str, Any], limit: int) -> int:
+    value = _integer(source, kind, position, row, "id")
+    if not -limit <= value < limit:
+        raise InputError(
+            f"{source}: {_name(kind, position, row, 'id')}: id",
+            value,
+            f"must be below 2^{limit.bit_length() - 1} in size; renumber them",
+        )
     return value
 
 

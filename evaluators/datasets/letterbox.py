@@ -156,6 +156,8 @@ def decode(image: ImageRecord) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(image.path) as file:
+            if file.mode in ("F", "I"):  # PIL cuts at 255: white, or of floats up to 1 black
+                raise ValueError(f"mode {file.mode} has no fixed range: save it with 8 or 16 bits a channel")
             if file.mode.startswith("I;16"):  # PIL would cut all but the darkest 256 of 65536 shades off
                 grey = (np.asarray(file) // 257).astype(np.uint8)
                 pixels = np.repeat(grey[:, :, None], 3, axis=2)

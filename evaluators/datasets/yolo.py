@@ -1,8 +1,9 @@
 """Data sets in the YOLO layout: `data.yaml` and a text file of boxes beside each image's folder.
 
 A line of such a file is `class cx cy w h`, normalised by the image's width and height, or
-`class x1 y1 x2 y2 x3 y3 ...`, a polygon, of which the bounding box is taken. Category ids are the class
-numbers. An image without a text file has no objects.
+`class x1 y1 x2 y2 x3 y3 ...`, a polygon, of which the bounding box is taken; where `data.yaml` has a
+`kpt_shape`, it is `class cx cy w h` and key points, which are left out. Category ids are the class numbers.
+An image without a text file has no objects.
 """
 
 from __future__ import annotations
@@ -13,7 +14,13 @@ from typing import Any
 import yaml
 from PIL import ExifTags, Image
 
-from evaluators.datasets.split import DetectionSplit, ImageRecord, check_box, checked_split
+from evaluators.datasets.split import (
+    DetectionSplit,
+    ImageRecord,
+    check_box,
+    checked_split,
+    without_area,
+)
 from spaces.detectors.base import Category
 from spaces.errors import InputError
 
@@ -66,7 +73,7 @@ def read_yolo(source: Path, name: str, role: str) -> DetectionSplit:
     for number, path in enumerate(_image_paths(source, document, name), start=1):
         image = ImageRecord(number, path, *_checked_size(path))
         images.append(image)
-        for box, class_number in _boxes(image, classes):
+        for box, class_number in _boxes(image, classes, pose=bool(document.get("kpt_shape"))):
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": number, "category_id": class_number, "bbox": box}
             )
@@ -75,7 +82,7 @@ def read_yolo(source: Path, name: str, role: str) -> DetectionSplit:
 
 def _document(source: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(source.read_text(encoding="utf-8"))
+        document = yaml.safe_load(source.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError("data.yaml", str(source), f"cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -90,6 +97,8 @@ def _categories(source: Path, document: dict[str, Any]) -> list[Category]:
     names = document.get("names")
     if isinstance(names, list):
         names = dict(enumerate(names))
+    if isinstance(names, dict) and all(isinstance(key, str) and key.isdecimal() for key in names):
+        names = {int(key): name for key, name in names.items()}
     if not isinstance(names, dict) or not names:
         raise InputError(f"{source}: names", names, "list the class names in the order of their numbers")
     if sorted(names, key=str) != sorted(range(len(names)), key=str):
@@ -108,7 +117,7 @@ def _image_paths(source: Path, document: dict[str, Any], name: str) -> list[Path
             )
         path = _resolve(source, document, entry, name)
         if path.is_dir():
-            found.extend(sorted(one for one in path.rglob("*") if one.suffix.lower() in _SUFFIXES))
+            found.extend(sorted(filter(_is_image, path.rglob("*"))))
         else:
             found.extend(_listed(path))
     seen: set[Path] = set()
@@ -117,6 +126,11 @@ def _image_paths(source: Path, document: dict[str, Any], name: str) -> list[Path
             raise InputError(f"{source}: {name}", str(path), "the image is listed twice; list it once")
         seen.add(path)
     return sorted(found)
+
+
+def _is_image(path: Path) -> bool:
+    """By its name; `._a.jpg` is what macOS keeps beside `a.jpg` on foreign disks."""
+    return path.suffix.lower() in _SUFFIXES and not path.name.startswith(".")
 
 
 def _resolve(source: Path, document: dict[str, Any], entry: str, name: str) -> Path:
@@ -133,7 +147,7 @@ def _resolve(source: Path, document: dict[str, Any], entry: str, name: str) -> P
 
 def _listed(path: Path) -> list[Path]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError):
         raise InputError(
             "image list", str(path), "must be a text file with the path of an image a line"
@@ -174,13 +188,13 @@ def _label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _boxes(image: ImageRecord, classes: int) -> list[tuple[list[float], int]]:
-    """Boxes xywh in pixels with their class numbers."""
+def _boxes(image: ImageRecord, classes: int, pose: bool) -> list[tuple[list[float], int]]:
+    """Boxes xywh in pixels with their class numbers; of poses the boxes alone, without the key points."""
     path = _label_path(image.path)
     if not path.is_file():
         return []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError):
         raise InputError("labels", str(path), "cannot be read as text") from None
     boxes = []
@@ -193,6 +207,7 @@ def _boxes(image: ImageRecord, classes: int) -> list[tuple[list[float], int]]:
             values = [float(field) for field in fields]
         except ValueError:
             raise InputError(where, line, "must be numbers: class cx cy w h") from None
+        values = values[:5] if pose else values
         if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
             raise InputError(where, line, "must be class cx cy w h, or class and the points of a polygon")
         if values[0] not in range(classes):
@@ -200,7 +215,8 @@ def _boxes(image: ImageRecord, classes: int) -> list[tuple[list[float], int]]:
                 f"{where}: class", fields[0], f"unknown category; data.yaml names 0 to {classes - 1}"
             )
         box = _box(values[1:], image.width, image.height)
-        check_box(where, box, image.width, image.height)
+        if not without_area(box):
+            check_box(where, box, image.width, image.height)
         boxes.append((box, int(values[0])))
     return boxes
 

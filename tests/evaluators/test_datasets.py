@@ -228,6 +228,12 @@ BROKEN: list[tuple[str, Callable[[Document], Any], str]] = [
     ("same annotation", put("annotations", 1, id=1), "annotation id: 1: is used twice"),
     ("same image", put("images", 1, id=1), "image id: 1: is used twice"),
     ("same category", put("categories", 1, id=9), "category id: 9: is used twice"),
+    (
+        "image number",
+        put("images", 0, id=2**63),
+        "id: 9223372036854775808: must be below 2^63 in size; renum",
+    ),
+    ("category number", put("categories", 0, id=-(2**31) - 1), "id: -2147483649: must be below 2^31 in size"),
     ("text id", put("images", 0, id="1"), "image at position 0: id: '1': must be a whole number"),
     ("true id", put("annotations", 0, id=True), "annotation at position 0: id: True: must be a whole number"),
     ("no id", drop("annotations", 1, "id"), "annotation at position 1: has no id"),
@@ -392,7 +398,7 @@ def test_yolo_splits_may_be_lists_of_folders_or_text_files(tmp_path: Path) -> No
         ("0.5 0.5 0.5 0.5 0.5", "unknown category"),
         ("nan 0.5 0.5 0.5 0.5", "unknown category"),
         ("0 0.5 0.5 0.5 0.5\n0 20 15 10 10", "a.txt:2: bbox: [600.0, 300.0, 400.0, 300.0]: lies outside"),
-        ("0 0.5 0.5 0 0.5", "has no area"),
+        ("0 0.5 0.5 -0.1 0.5", "has no area"),
         ("0 nan 0.5 0.5 0.5", "must be finite"),
         ("0 0.5 0.5 0.5", "must be class cx cy w h"),
         ("0 0.5 0.5 0.5 0.5 0.5", "or class and the points of a polygon"),
@@ -405,6 +411,37 @@ def test_broken_yolo_labels_get_one_clear_line(tmp_path: Path, text: str, expect
     assert "a.txt:" in line
 
 
+def test_yolo_boxes_without_area_are_kept_apart_as_in_coco(tmp_path: Path) -> None:
+    split = load_split(write_yolo(tmp_path, {"train/a": "0 0.5 0.5 0.5 0.5\n1 0.5 0.5 0 0.5\n"}), "train")
+    assert split.annotations[1]["bbox"] == [20.0, 7.5, 0.0, 15.0]
+    assert split.boxes_without_area == 1
+    alone = write_yolo(tmp_path / "b", {"train/a": "1 0.5 0.5 0 0.5\n"})
+    assert "train has no box to learn" in message(alone, "train")
+
+
+@pytest.mark.parametrize("points", ["0.1 0.1 0.9 0.9", "0.1 0.1 2 0.9 0.9 2"])
+def test_key_points_of_poses_are_no_polygons(tmp_path: Path, points: str) -> None:
+    yaml = f"train: images/train\nnames: [cat]\nkpt_shape: [2, {len(points.split()) // 2}]\n"
+    split = load_split(write_yolo(tmp_path, {"train/a": f"0 0.5 0.5 0.5 0.2 {points}"}, yaml), "train")
+    assert split.annotations[0]["bbox"] == [10.0, 12.0, 20.0, 6.0]
+
+
+def test_what_windows_and_macos_leave_in_files_and_folders_is_passed_over(tmp_path: Path) -> None:
+    mark = "\ufeff"  # byte order mark, which editors on Windows write
+    yaml = f"{mark}train: images/train\nval: val.txt\nnames: {{'0': cat, '1': dog}}\n"
+    config = write_yolo(tmp_path, {"train/a": mark + LABELS["train/a"], "val/d": LABELS["val/d"]}, yaml)
+    (tmp_path / "val.txt").write_text(f"{mark}images/val/d.png\n")
+    (tmp_path / "images" / "train" / "._a.png").write_bytes(b"\0\5\x16\7")
+    split = load_split(config, "train")
+    assert [image.path.name for image in split.images] == ["a.png"]
+    assert [(one.id, one.name) for one in split.categories] == [(0, "cat"), (1, "dog")]
+    assert [one["category_id"] for one in split.annotations] == [0, 1]
+    assert len(load_split(config, "val").images) == 1
+    coco = write(tmp_path / "coco", val=mark + json.dumps(document(1)))
+    write(tmp_path / "coco", fit=document(1))  # for its images
+    assert len(load_split(coco, "val").images) == 2
+
+
 @pytest.mark.parametrize(
     ("yaml", "expected"),
     [
@@ -412,6 +449,7 @@ def test_broken_yolo_labels_get_one_clear_line(tmp_path: Path, text: str, expect
         ("- 1\n", "must map names"),
         ("train: images/train\n", "names: list the class names"),
         ("train: images/train\nnames: {0: a, 2: b}\n", "numbered from 0 without a gap"),
+        ("train: images/train\nnames: {'0': a, '2': b}\n", "numbered from 0 without a gap"),
         ("train: images/away\nnames: [a, b]\n", "'images/away': no such folder or file"),
         ("train: list.txt\nnames: [a, b]\n", "list.txt:1: 'gone.png': no such image"),
         ("train: [images/train, images/train]\nnames: [a, b]\n", "listed twice"),

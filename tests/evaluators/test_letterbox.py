@@ -224,6 +224,14 @@ def test_sixteen_bits_of_grey_become_eight(tmp_path: Path) -> None:
     assert (decode(ImageRecord(10, path, 40, 30)) == 128).all()
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_shades_without_a_fixed_range_are_refused(tmp_path: Path, dtype: type) -> None:
+    path = tmp_path / "1.tif"
+    Image.fromarray(np.ones((30, 40), dtype)).save(path)
+    with pytest.raises(InputError, match=r"1.tif': cannot be decoded \(mode [IF] has no fixed range: save"):
+        decode(ImageRecord(10, path, 40, 30))
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
     split = split_of(tmp_path, (40, 30))
