@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import traceback
@@ -41,12 +42,17 @@ def own_detector(name: str, num_classes: int, size: tuple[int, int] | None) -> D
     factory = _imported(name)
     place, _, attribute = name.rpartition(":")
     shown = f"{Path(place).stem}:{attribute}" if place.endswith(".py") else name
-    options: dict[str, Any] = {} if size is None else {"size": size}
+    options: dict[str, Any] = {"name": shown, "num_classes": num_classes}
+    if size is not None:
+        options["size"] = size
     try:
-        detector = factory(name=shown, num_classes=num_classes, **options)
+        inspect.signature(factory).bind(**options)
     except TypeError as error:
-        wanted = "name, num_classes" + ("" if size is None else ", size")
-        raise InputError("model", name, f"must take the keywords {wanted} ({error})") from error
+        raise InputError("model", name, f"must take the keywords {', '.join(options)} ({error})") from error
+    except ValueError:
+        pass  # it does not say what it takes
+    try:
+        detector = factory(**options)
     except InputError:
         raise
     except Exception as error:  # whatever the user's code raises
@@ -59,14 +65,15 @@ def own_detector(name: str, num_classes: int, size: tuple[int, int] | None) -> D
 
 
 def built(name: str, detector: Detector) -> nn.Module:
-    """The network of a detector; a user's is run once.
+    """The network of a detector; a user's is run once in either memory layout.
 
     Args:
         name: of the detector, as in a configuration.
         detector: of that name.
 
     Raises:
-        InputError: a user's network cannot be built or fails, with the place in the user's file.
+        InputError: a user's network cannot be built, fails or cannot be copied, with the place in the user's
+            file.
     """
     if ":" not in name:
         return detector.build()
@@ -76,7 +83,11 @@ def built(name: str, detector: Detector) -> nn.Module:
         raise
     except Exception as error:  # whatever the user's code raises
         raise InputError("model", name, f"its build() fails ({_cause(error)})") from error
-    require_runs(name, detector, deepcopy(network).eval())
+    try:
+        draft = deepcopy(network).eval()
+    except Exception as error:  # whatever the user's code raises, or torch for weights that are computed
+        raise InputError("model", name, f"its network fails in copy.deepcopy ({_cause(error)})") from error
+    require_runs(name, detector, draft)
     if not takes_channels_last(network, detector.preprocess.size):
         keep_channels_first(network)
     return network

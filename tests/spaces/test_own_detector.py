@@ -165,6 +165,32 @@ def test_what_a_users_constructor_raises_is_said_with_the_place(tmp_path: Path) 
         make_detector(f"{file}:Mine", 3)
 
 
+@pytest.mark.parametrize("line", ["len(5)", "open(mode=3)"])
+def test_a_type_error_of_a_constructor_is_its_own(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(f"class Mine:\n    def __init__(self, name, num_classes):\n        {line}\n")
+    with pytest.raises(InputError, match=r"cannot be made \(TypeError: .*broken.py, line 3"):
+        make_detector(f"{file}:Mine", 3)
+    with pytest.raises(
+        InputError, match=r"must take the keywords name, num_classes, size \(got an unexpected"
+    ):
+        make_detector(f"{file}:Mine", 3, (64, 64))
+
+
+class Uncopied(ToyDetector):
+    def build(self) -> torch.nn.Module:
+        network = super().build()
+        network.wide = torch.nn.utils.weight_norm(network.wide[0])
+        return network
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_a_network_that_cannot_be_copied_is_refused_in_one_line() -> None:
+    with pytest.raises(InputError, match=r"fails in copy.deepcopy \(RuntimeError: Only Tensors") as caught:
+        built("mine.py:Mine", Uncopied())
+    assert "\n" not in str(caught.value)
+
+
 def test_an_unknown_name_lists_what_there_is() -> None:
     with pytest.raises(InputError, match=r"yolox_nano.*package.module:Class or file.py:Class"):
         make_detector("yolo", 3)
