@@ -84,6 +84,8 @@ class ModelCard(BaseModel):
             return ModelCard.model_validate_json(file.read_text())
         except OSError as error:
             raise InputError("model", str(file), f"cannot be read ({error.strerror})") from None
+        except UnicodeDecodeError:
+            raise InputError("model", str(file), "is no JSON file") from None
         except ValidationError as error:
             raise refused(error, str(file)) from None
 

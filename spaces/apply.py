@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,12 +98,25 @@ def rebuild(network: nn.Module, directory: Path) -> tuple[Recipe, Draft]:
         directory: where `save` wrote.
 
     Raises:
-        InputError: files are missing or belong to another detector.
+        InputError: files are missing, damaged or belong to another detector.
     """
+    file = directory / PLAN_FILE
     try:
-        plan = json.loads((directory / PLAN_FILE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError("plan", str(directory / PLAN_FILE), f"cannot be read ({error})") from None
+        plan = json.loads(file.read_text())
+    except (OSError, ValueError) as error:  # no text, or no JSON
+        raise InputError("plan", str(file), f"cannot be read ({error})") from None
+    try:
+        return _rebuilt(network, plan, directory)
+    except InputError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if str(error) else ""
+        remedy = f"is no plan for this detector ({type(error).__name__}: {said})"
+        raise InputError("plan", str(file), remedy) from error
+
+
+def _rebuilt(network: nn.Module, plan: Any, directory: Path) -> tuple[Recipe, Draft]:
+    """What a plan says, done; whatever it raises where the plan is another's."""
     recipe = Recipe.from_json(json.dumps(plan["recipe"]))
     channels = {
         name: LayerChannels(_indices(sides["out"]), _indices(sides["into"]))

@@ -26,7 +26,8 @@ def refused(
     # A misspelt field explains one that is missing.
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = tuple(str(part) for part in first["loc"])
-    value = None if isinstance(first["input"], Mapping) else first["input"]
+    whole = isinstance(first["input"], Mapping) or first["type"] == "json_invalid"  # too long for a line
+    value = None if whole else first["input"]
     remedies = remedies or {}
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):

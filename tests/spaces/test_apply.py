@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from spaces.apply import apply, rebuild, same_state, save
 from spaces.errors import InputError
@@ -65,6 +66,27 @@ def test_bad_recipes_are_refused_in_one_line(choice: Prune | Quantize | Factoriz
     network = detector.build()
     with pytest.raises(InputError, match=message) as caught:
         apply(network, Recipe(detector="toy", choices=(choice,)), find_sites(detector, network))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "is no plan for this detector .AttributeError: Sequential has no attribute .left"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (b"{}", "is no plan for this detector .KeyError: 'recipe'"),
+        (b"[]", "is no plan for this detector .TypeError"),
+    ],
+)
+def test_rebuild_says_what_is_wrong_in_one_line(content: bytes | None, said: str, tmp_path: Path) -> None:
+    detector = ToyDetector()
+    network = detector.build().eval()
+    save(apply(network, MIXED, find_sites(detector, network)), MIXED, tmp_path)
+    if content is not None:
+        (tmp_path / "recipe.json").write_bytes(content)
+    other = nn.Sequential(nn.Conv2d(3, 4, 1)) if content is None else network
+    with pytest.raises(InputError, match=f"plan: '.*recipe.json': {said}") as caught:
+        rebuild(other, tmp_path)
     assert "\n" not in str(caught.value)
 
 
