@@ -19,7 +19,8 @@ SCOPE = "/network/"
 _LAYERS = ("Conv", "Gemm", "MatMul")
 _FUSED = ("Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid")
 _SCALING = ("Add", "Mul", "Cast")
-_TYPES = ("QuantizeLinear", "DequantizeLinear", "Cast")
+_TYPES = ("QuantizeLinear", "DequantizeLinear", "Cast", "Clip")
+"""Without a name, they round what layers read: rewriting has put them in."""
 
 
 def layer_of(node: onnx.NodeProto) -> str | None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -32,7 +33,7 @@ from spaces.detectors.base import Category, Postprocess
 from spaces.detectors.yolox import YoloX
 from spaces.errors import InputError
 from spaces.layers import trace_layers
-from spaces.testing import lively_network, noise
+from spaces.testing import lively_network, noise, outputs_of
 
 CATEGORIES = (Category(7, "a"), Category(3, "b"), Category(90, "c"))
 ISA = {16: {"avx512_bf16", "amx_bf16", "bf16"}}
@@ -135,11 +136,14 @@ class TargetContract:
         np.testing.assert_array_equal(found.scores, expected.scores)
 
     def test_the_tensor_part_is_the_network_alone(self, target: Target, tmp_path: Path) -> None:
-        """It runs for every bit-width; that it does less is for `benchmark latency` to show."""
+        """It gives as many numbers as the network, at every bit-width; of detections there are fewer."""
+        raw = outputs_of(network(), torch.from_numpy(images(1)[0]))
         for width in target.capabilities.bit_widths:
             bits, spans = dict.fromkeys(layers(), width), ranges(target.capabilities)
             written = target.write(whole(Postprocess()), bits, spans, tmp_path / str(width))
-            target.prepare_tensor_part(written.model, 1, written.hint).run(images(1)[0])
+            found: Any = target.prepare_tensor_part(written.model, 1, written.hint).run(images(1)[0])
+            arrays = found.values() if isinstance(found, Mapping) else found
+            assert sum(int(np.prod(one.shape)) for one in arrays) == sum(one.numel() for one in raw)
 
     def test_runs_repeat_and_results_are_the_callers_own(self, target: Target, tmp_path: Path) -> None:
         session, (first, second) = loaded(target, 32, tmp_path), images(2)

@@ -61,7 +61,7 @@ class TensorPart(Protocol):
     """A model without its decoding and suppression, loaded into an engine."""
 
     def run(self, images: NDArray[np.float32]) -> object:
-        """`(1, 3, H, W)` float32, preprocessed, to raw outputs; what is returned is the engine's own."""
+        """`(1, 3, H, W)` float32, preprocessed, to raw outputs, the engine's arrays in a row or by key."""
         ...
 
 

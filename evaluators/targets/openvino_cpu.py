@@ -142,9 +142,9 @@ class OpenVinoTensorPart:
         compiled = engine().compile_model(str(model), "CPU", _settings(threads, hint))
         self._request = compiled.create_infer_request()
 
-    def run(self, images: NDArray[np.float32]) -> None:
-        """One preprocessed image `(1, 3, H, W)`; the raw outputs stay in the engine."""
-        self._request.infer([images], share_inputs=True, share_outputs=True)
+    def run(self, images: NDArray[np.float32]) -> object:
+        """Raw outputs of one preprocessed image `(1, 3, H, W)`, by port; they stay in the engine's memory."""
+        return self._request.infer([images], share_inputs=True, share_outputs=True)
 
 
 def _settings(threads: int, hint: str) -> dict[str, Any]:
