@@ -72,8 +72,8 @@ class Damage:
         if bits or books:
             network = bench.detector.simplified(network)
             cluster_layers(network, books)
-            for layer, width in bits.items():
-                _round(network.get_submodule(layer), width, ranges.get(layer))
+            for layer in bits:
+                _round(network.get_submodule(layer), ranges.get(layer))
         wanted = self._repaired_outputs if draft.changed else self._outputs
         with torch.no_grad():
             return float(bench.detector.distillation(network(self._images), wanted))
@@ -94,8 +94,8 @@ class Damage:
         return {layer: factors.get(layer) or self._ranges[layer] for layer in layers}
 
 
-def _round(layer: nn.Module, width: int, ranges: LayerRanges | None) -> None:
-    """Make a layer compute on rounded weights and inputs."""
+def _round(layer: nn.Module, ranges: LayerRanges | None) -> None:
+    """Make a layer compute on rounded weights and inputs: without ranges, on those of bfloat16."""
     weight = layer.weight
     assert isinstance(weight, nn.Parameter)
     if ranges is None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
+
+Message = TypeVar("Message", onnx.ModelProto, onnx.NodeProto, onnx.TensorProto)
 
 
 def constant(graph: onnx.ModelProto, name: str, value: NDArray[np.generic]) -> str:
@@ -27,25 +31,19 @@ def constants(graph: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     return found
 
 
-def copied(graph: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy to change."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(graph)
+def copied(message: Message) -> Message:
+    """A copy to change, of a graph or of a part of one."""
+    copy = type(message)()
+    copy.CopyFrom(message)
     return copy
 
 
 def replace_nodes(graph: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
     """Put nodes, old and new ones, in the place of all; types of inner tensors are forgotten."""
-    fresh = [_duplicate(node) for node in nodes]
+    fresh = [copied(node) for node in nodes]
     del graph.graph.node[:]
     graph.graph.node.extend(fresh)
     del graph.graph.value_info[:]
-
-
-def _duplicate(node: onnx.NodeProto) -> onnx.NodeProto:
-    copied = onnx.NodeProto()
-    copied.CopyFrom(node)
-    return copied
 
 
 def without_unread(graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -56,12 +54,7 @@ def without_unread(graph: onnx.ModelProto) -> onnx.ModelProto:
         if node.output[0] not in read:
             graph.graph.node.remove(node)
     read = {name for node in graph.graph.node for name in node.input}
-    kept = [tensor for tensor in graph.graph.initializer if tensor.name in read]
-    copies = []
-    for tensor in kept:
-        copied = onnx.TensorProto()
-        copied.CopyFrom(tensor)
-        copies.append(copied)
+    kept = [copied(tensor) for tensor in graph.graph.initializer if tensor.name in read]
     del graph.graph.initializer[:]
-    graph.graph.initializer.extend(copies)
+    graph.graph.initializer.extend(kept)
     return graph

@@ -228,7 +228,7 @@ def build_space(
         options = METHODS[kind].options(sites, capabilities)
         fine = granularity if kind in JOINED else "layer"
         for name, members in _joined(detector, sites, options, fine).items():
-            parameters.append(_parameter(name, kind, members, sites, capabilities))
+            parameters.append(_parameter(name, kind, members, sites))
     parameters = [p for p in parameters if len(p.values) > 1]
     offered = _within_limit(detector.name, sites, parameters)
     return SearchSpace(detector.name, sites, offered, len(parameters) - len(offered), capabilities)
@@ -280,9 +280,7 @@ def _first_layer(sites: Sites, site: str) -> str:
     return min(produced, key=list(sites.facts).index)
 
 
-def _parameter(
-    name: str, kind: str, members: list[tuple[Choice, ...]], sites: Sites, capabilities: Capabilities
-) -> Parameter:
+def _parameter(name: str, kind: str, members: list[tuple[Choice, ...]], sites: Sites) -> Parameter:
     label = f"{LABELS[kind]} {name}"
     if kind not in ("prune", "factorize") or len(members) == 1:
         values = tuple(_value(choice, sites) for choice in members[0])

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spaces.detectors.base import Labels, Outputs
+from spaces.detectors.dense import divergence
 from spaces.detectors.yolox_network import cells
 
 BOX_WEIGHT = 5.0
@@ -164,17 +165,12 @@ def distillation(outputs: Outputs, teacher: Outputs) -> Tensor:
         presence = wise.objectness.sigmoid()
         score = presence * wise.classes.amax(dim=1).sigmoid()
         mass = presence.sum().clamp(min=len(presence))
-    objectness = _divergence(student.objectness, wise.objectness)
-    classes = _divergence(student.classes, wise.classes).sum(dim=1)
+    objectness = divergence(student.objectness, wise.objectness)
+    classes = divergence(student.classes, wise.classes).sum(dim=1)
     overlap = pair_iou(student.boxes, wise.boxes, dim=1)
     l1 = (student.raw - wise.raw).abs().sum(dim=1)
     boxes = BOX_WEIGHT * (1 - overlap.square()) + L1_WEIGHT * l1
     return (objectness + presence * classes + score * boxes).sum() / mass
-
-
-def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) of two Bernoulli variables, from their logits, elementwise."""
-    return F.softplus(logits) - F.softplus(teacher) - teacher.sigmoid() * (logits - teacher)
 
 
 def pair_iou(a: Tensor, b: Tensor, dim: int = 0) -> Tensor:
