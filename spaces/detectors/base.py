@@ -36,8 +36,10 @@ class Labels:
 class Preprocess(BaseModel):
     """From a decoded image to the network's input.
 
-    The image is scaled to fit `size` (bilinear): keeping its aspect (`letterbox`), placed at the top left,
-    the rest filled with `pad_value`, or each side by itself (`stretch`). Channels are ordered as said; then
+    The image, its pixels as stored (EXIF orientation is not applied), is scaled to fit `size`: keeping its
+    aspect (`letterbox`), placed at the top left, the rest filled with `pad_value`, or each side by itself
+    (`stretch`). The scaled size is rounded to whole pixels, which are Pillow's bilinear ones: with
+    antialiasing, in torch `antialias=True`, and of 8 bits. Channels are ordered as said; then
     `x = (pixel * scale - mean) / std`.
     """
 
