@@ -140,7 +140,9 @@ def train_baseline(
     )
     average = trained.network
     save_weights(average, output, torch.float16)
-    load_weights(average, output)
+    stored = detector.build()  # a fresh one, for what is infinite in its own buffers may be in the file
+    load_weights(stored, output)
+    average.load_state_dict(stored.state_dict())
     scores = {role: _rounded(figures(role, average)) for role in ("select", "report")}
     further = None
     if config.further is not None:

@@ -179,10 +179,12 @@ def update_average(average: nn.Module, network: nn.Module, decay: float, updates
     """Move `average` towards `network`; the first updates count for more, lest fresh weights linger."""
     decay = min(decay, (1 + updates) / (10 + updates))
     for mean, value in zip(_tensors(average), _tensors(network), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(value, 1 - decay)
-        else:
+        if not mean.is_floating_point():
             mean.copy_(value)
+        elif isinstance(mean, nn.Parameter):
+            mean.lerp_(value, 1 - decay)
+        else:  # between -inf and itself, as masks have it, lies nothing but NaN
+            mean.copy_(torch.where(mean == value, value, mean.lerp(value, 1 - decay)))
 
 
 def _tensors(network: nn.Module) -> Iterator[Tensor]:

@@ -126,6 +126,14 @@ def test_average_by_hand() -> None:
     assert mean.weight.item() == pytest.approx(1.1)
 
 
+def test_a_mask_stays_what_it_is_in_the_average() -> None:
+    mean, value = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    for norm, other in ((mean, 1.0), (value, 2.0)):
+        norm.running_mean = torch.tensor([float("-inf"), other])
+    update_average(mean, value, decay=0.9, updates=10_000)
+    assert mean.running_mean.tolist() == pytest.approx([float("-inf"), 1.1])
+
+
 class _Killed(Exception):
     pass
 
