@@ -146,7 +146,7 @@ def test_kill_frees_the_slot(tmp_path: Path, holder: subprocess.Popen[str]) -> N
     os.kill(holder.pid, signal.SIGKILL)
     assert entered(slot.quiet(), within=5)
     assert entered(slot.computing(), within=5)
-    assert slot.waited_seconds >= 0.2
+    assert slot.waited_seconds >= 0.1  # a thread that starts late gives up early
 
 
 def test_a_killed_step_frees_the_slot(tmp_path: Path) -> None:
