@@ -62,22 +62,23 @@ def asked(source: StudySource) -> Job | None:
     return job  # type: ignore[return-value]
 
 
-def done(source: StudySource, job: Job, fails: bool = False) -> None:
-    source.started(job, 0)
-    if fails:
-        source.failed(job, "measure", "boom", "")
-    else:
-        source.done(job, list(ToyWorker().run(job))[-1].result or {})
+def prepare(source: StudySource, failing: str = "") -> None:
+    """Base and the three jobs, one after another."""
+    for _ in range(4):
+        job = asked(source)
+        assert job is not None
+        source.started(job, 0)
+        if job.name == failing:
+            source.failed(job, "measure", "boom", "")
+        else:
+            source.done(job, list(ToyWorker().run(job))[-1].result or {})
 
 
 def test_a_job_that_failed_in_one_driver_does_not_hold_up_another(
     sources: tuple[Two, StudySource, StudySource],
 ) -> None:
     _, first, second = sources
-    for _ in range(4):
-        job = asked(first)
-        assert job is not None
-        done(first, job, fails=job.name == "probe 2/3")
+    prepare(first, failing="probe 2/3")
     names = [job.name if (job := asked(second)) else None for _ in range(2)]
     assert names == ["trial 1", "trial 2"]
 
@@ -86,10 +87,7 @@ def test_seeds_are_made_by_one_driver_while_another_asks(
     sources: tuple[Two, StudySource, StudySource],
 ) -> None:
     two, first, second = sources
-    for _ in range(4):
-        job = asked(first)
-        assert job is not None
-        done(first, job)
+    prepare(first)
     meanwhile: list[Job | None] = []
     before = two.prepared
 
