@@ -80,7 +80,7 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
     number = base_number(study)
     if number is None:
         raise InputError("study", study.name, "has no base yet; let the search run until its first trial")
-    evaluations = {t.number: e for t in trials if is_candidate(t) and (e := evaluation_of(t)) is not None}
+    evaluations = _evaluations(trials)
     final: dict[str, Any] = study.optuna.user_attrs.get(FINAL, {})
     if role == "report" and not final:
         raise InputError("report", None, "nothing was measured on it yet; use paredown front --remeasure")
@@ -199,9 +199,13 @@ def chosen_numbers(study: SearchStudy) -> set[int]:
     base = base_evaluation(study)
     if base is None:
         return set()
-    trials = study.optuna.get_trials(deepcopy=False)
-    evaluations = {t.number: e for t in trials if is_candidate(t) and (e := evaluation_of(t)) is not None}
+    evaluations = _evaluations(study.optuna.get_trials(deepcopy=False))
     return _front_within(study, problem_of(study), evaluations, base)
+
+
+def _evaluations(trials: Sequence[FrozenTrial]) -> dict[int, Evaluation]:
+    """What was measured of the finished candidates, by their numbers."""
+    return {t.number: e for t in trials if is_candidate(t) and (e := evaluation_of(t)) is not None}
 
 
 def _front_within(

@@ -97,6 +97,12 @@ def is_feasible(trial: FrozenTrial) -> bool:
     return all(c <= 0.0 for c in trial.system_attrs.get(_CONSTRAINTS, ()))
 
 
+def number_of_files(trial: FrozenTrial) -> int:
+    """Whose files a trial has: its own, or of a copy those of the trial that it was copied from."""
+    number: int = trial.user_attrs.get(DUPLICATE_OF, trial.number)
+    return number
+
+
 def owner_of(trial: FrozenTrial) -> dict[str, Any] | None:
     owner = trial.system_attrs.get(OWNER)
     return owner if isinstance(owner, dict) else None

@@ -105,12 +105,12 @@ def evaluate(
 def _model_of_trial(study: str, trial: int, storage: str) -> Path:
     from evaluators.exported import model_in
     from search.study import load_study
-    from search.trials import DUPLICATE_OF
+    from search.trials import number_of_files
     from spaces.errors import InputError
 
     opened = load_study(study, url=storage)
     trials = opened.optuna.get_trials(deepcopy=False)
-    original = trials[trial].user_attrs.get(DUPLICATE_OF, trial) if trial < len(trials) else trial
+    original = number_of_files(trials[trial]) if trial < len(trials) else trial
     model = model_in(opened.trial_folder(original))
     if not model.is_file():
         remake = f"paredown finish --study {study} --trial {trial} --output DIR"

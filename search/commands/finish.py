@@ -133,13 +133,13 @@ def _bench(study: SearchStudy, changes: dict[str, object]) -> Bench:
 def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> str:
     """Copy the pair of a trial, or make it again from its stored state; says which."""
     from evaluators.exported import CARD_FILE, model_in
-    from search.trials import DUPLICATE_OF, evaluation_of, recipe_of
+    from search.trials import evaluation_of, number_of_files, recipe_of
     from spaces.apply import PLAN_FILE, STATE_FILE, rebuild
     from spaces.effects import bits_by_layer
     from spaces.errors import InputError
 
     trials = study.optuna.get_trials(deepcopy=False)
-    source = study.trial_folder(trials[number].user_attrs.get(DUPLICATE_OF, number))
+    source = study.trial_folder(number_of_files(trials[number]))
     if model_in(source).is_file() and (source / CARD_FILE).is_file():
         for file in (model_in(source), source / CARD_FILE):
             shutil.copyfile(file, folder / file.name)

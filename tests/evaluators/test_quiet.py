@@ -142,11 +142,11 @@ def test_a_waiting_measurement_stops_new_steps(tmp_path: Path) -> None:
 
 def test_kill_frees_the_slot(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     slot = QuietSlot(tmp_path)
-    assert not entered(slot.computing(), within=0.2)
+    assert not entered(slot.computing(), within=0.3)  # its thread may start late
     os.kill(holder.pid, signal.SIGKILL)
     assert entered(slot.quiet(), within=5)
     assert entered(slot.computing(), within=5)
-    assert slot.waited_seconds >= 0.1  # a thread that starts late gives up early
+    assert slot.waited_seconds >= 0.2
 
 
 def test_a_killed_step_frees_the_slot(tmp_path: Path) -> None:
