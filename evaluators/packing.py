@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from evaluators.graph import PREFIX, SUFFIX, output_axis
 from evaluators.rewriting import constant, copied, replace_nodes, without_unread
-from spaces.methods.codebook import powers_of_two
 
 PLANES = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Widths of the pieces that an index of so many bits is stored in: each divides a byte."""
@@ -113,6 +111,10 @@ def _indexed(tensor: onnx.TensorProto) -> _Indexed | None:
     array = numpy_helper.to_array(tensor)
     ways = [_distinct(tensor, array, None)]
     if tensor.data_type != TensorProto.INT8 and array.ndim > 1:
+        import torch  # here, for a process that only serves need not load it: seconds, in every trial
+
+        from spaces.methods.codebook import powers_of_two
+
         outputs_first = np.moveaxis(array.astype(np.float32), output_axis(tensor.name), 0)
         powers = powers_of_two(torch.from_numpy(outputs_first)).numpy().astype(array.dtype)
         powers = np.moveaxis(powers, 0, output_axis(tensor.name))
