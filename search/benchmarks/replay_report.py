@@ -76,12 +76,20 @@ def write_comparison(
     write(file, "Samplers on recorded recipes", lines, {"volumes": volumes}, conditions, indent=None)
     draw_curves(
         file.with_suffix(".png"),
-        [_curve(name, outcome) for name, outcome in outcomes.items()],
+        _curves(outcomes),
         "Hypervolume of the front by trials",
         f"{recorded.detector} on {recorded.conditions.get('target', 'its target')}; surrogate of "
         f"{len(recorded.recipes)} evaluated recipes; medians with 95 % intervals",
         "trials",
     )
+
+
+def _curves(outcomes: Mapping[str, Outcome]) -> list[Curve]:
+    """One for each sampler; those that are the same in every run are one, under both names."""
+    names: dict[bytes, list[str]] = {}
+    for name, outcome in outcomes.items():
+        names.setdefault(outcome.volumes.tobytes(), []).append(name)
+    return [_curve(" = ".join(same), outcomes[same[0]]) for same in names.values()]
 
 
 def _curve(name: str, outcome: Outcome) -> Curve:
@@ -97,26 +105,35 @@ def _verdicts(outcomes: Mapping[str, Outcome], longest: int) -> list[str]:
         return []
     lines = []
     plain = {name: o for name, o in outcomes.items() if not name.startswith(OURS)}
-    cold = {n: o for n, o in plain.items() if not CONTENDERS[n].seeds and o.at(longest) is not None}
+    cold = {name: o for name, o in plain.items() if not CONTENDERS[name].seeds}
     if cold:
-        best = max(cold, key=lambda name: cold[name].at(longest) or ())
-        final = (cold[best].at(longest) or (0.0,))[0]
+        best, trials, final = _best(cold, longest)
         needed = ours.trials_to(final)
         lines.append(
-            f"- The best cold sampler, {best}, ends at {final:.4f} after {longest} trials; ours is there "
-            f"after {needed:g} (median), {needed / longest:.2f} of its trials."
+            f"- The best cold sampler, {best}, ends at {final:.4f} after {trials} trials; ours is there "
+            f"after {needed:g} (median), {needed / trials:.2f} of its trials."
         )
-    seeded = {n: o for n, o in plain.items() if CONTENDERS[n].seeds}
+    seeded = {name: o for name, o in plain.items() if CONTENDERS[name].seeds}
     at = min(100, longest)
     if seeded:
-        best = max(seeded, key=lambda name: seeded[name].at(at) or ())
-        gains = ours.volumes[:, at - 1] / seeded[best].volumes[:, at - 1] - 1
+        best, trials, _ = _best(seeded, at)
+        theirs = seeded[best].volumes[:, trials - 1]
+        gains = ours.volumes[: len(theirs), at - 1] / theirs - 1
         value, low, high = with_interval(100 * gains)
+        of = "" if trials == at else f" after its {trials}"
         lines.append(
             f"- At {at} trials ours is {value:+.2f} % [{low:+.2f}, {high:+.2f}] above the best seeded plain "
-            f"sampler, {best} (paired by seed)."
+            f"sampler, {best}{of} (paired by seed)."
         )
     return lines
+
+
+def _best(outcomes: Mapping[str, Outcome], trials: int) -> tuple[str, int, float]:
+    """The sampler of the largest median after so many trials, or after all it was given, which, and that."""
+    ends = {name: min(trials, o.volumes.shape[1]) for name, o in outcomes.items()}
+    medians = {name: float(np.median(o.volumes[:, ends[name] - 1])) for name, o in outcomes.items()}
+    best = max(medians, key=lambda name: medians[name])
+    return best, ends[best], medians[best]
 
 
 def _cell(figures: tuple[float, float, float] | None) -> str:

@@ -77,14 +77,13 @@ def _families(
 ) -> dict[str, Callable[[], list[PeerModel]]]:
     hint = "bf16" if bench.config.target == "openvino" else "f32"
     reduced = cache(partial(reduced_inputs, bench, base, directory, hint))
-    by_olive = partial(olive_peers, bench, base, directory)
     match bench.config.target:
         case "onnxruntime":
             return {
                 "smaller inputs, onnxruntime.quantization": lambda: onnxruntime_peers(
                     bench, base, directory, reduced()
                 ),
-                "Olive": by_olive,
+                "Olive": lambda: olive_peers(bench, base, directory, reduced()),
             }
         case "openvino":
             patient: dict[str, Callable[[], list[PeerModel]]] = {
@@ -95,8 +94,8 @@ def _families(
                 "precisions, smaller inputs": lambda: openvino_peers(base, reduced()),
                 "nncf.quantize": lambda: quantised_at_sizes(bench, base, directory, reduced()),
                 **(patient if slow else {}),
-                "onnxruntime.quantization": lambda: onnxruntime_peers(bench, base, directory, {})[1:],
-                "Olive": by_olive,
+                "onnxruntime.quantization": lambda: onnxruntime_peers(bench, base, directory, reduced())[1:],
+                "Olive": lambda: olive_peers(bench, base, directory, reduced()),
                 "Sony MCT": partial(mct_peers, bench, directory),
             }
         case other:

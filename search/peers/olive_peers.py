@@ -12,25 +12,31 @@ from evaluators.bench import Bench
 from evaluators.graph import INPUT, SCOPE
 from search.peers.models import PeerModel, installed
 from search.peers.onnxruntime_peers import CALIBRATION_IMAGES
+from search.peers.reduced import Reduced, with_smallest
 
 _IMAGES, _NOTHING = "paredown_images", "paredown_nothing"
 
 
-def olive_peers(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:
+def olive_peers(bench: Bench, base: Path, directory: Path, reduced: Reduced) -> list[PeerModel]:
     """The base through Olive's `OnnxStaticQuantization`, around all of the network and convolutions alone.
 
-    It is ONNX Runtime's quantisation with Olive's own preparation of the graph.
+    It is ONNX Runtime's quantisation with Olive's own preparation of the graph. At the smallest input, too.
 
     Args:
         bench: of the study.
         base: the base's float32 file.
         directory: where the files go.
+        reduced: of `reduced_inputs`.
 
     Raises:
         InputError: it is not installed.
     """
     os.environ.setdefault("OLIVE_DISABLE_TELEMETRY", "1")
     installed("olive", "olive-ai")
+    return with_smallest(_quantised, bench, base, directory, reduced)
+
+
+def _quantised(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:
     peers = []
     for name, kinds in (("Olive QDQ", None), ("Olive QDQ, conv only", ["Conv"])):
         file = directory / f"{name.replace(' ', '_').replace(',', '')}.onnx"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from evaluators.bench import Bench
 from evaluators.graph import INPUT, SCOPE
 from search.peers.models import PeerModel
-from search.peers.reduced import Reduced, smallest
+from search.peers.reduced import Reduced, with_smallest
 
 CALIBRATION_IMAGES = 100
 
@@ -24,7 +23,7 @@ def onnxruntime_peers(bench: Bench, base: Path, directory: Path, reduced: Reduce
     """The base in float32, then with Q/DQ around all of the network, and around its convolutions alone.
 
     Preprocessed first, scales by channel, minimum and maximum of the activations: what the page "Quantize
-    ONNX models" recommends for CPUs and convolutions. Float32 at all smaller inputs, Q/DQ at the smallest.
+    ONNX models" recommends for CPUs and convolutions. Float32 of all that is reduced, Q/DQ of the smallest.
 
     Args:
         bench: of the study.
@@ -32,14 +31,10 @@ def onnxruntime_peers(bench: Bench, base: Path, directory: Path, reduced: Reduce
         directory: where the quantised files go.
         reduced: of `reduced_inputs`.
     """
-    peers = [PeerModel("ONNX Runtime f32", base, "onnxruntime"), *_quantised(bench, base, directory)]
-    for shown, (_, file) in reduced.items():
-        peers.append(PeerModel(f"ONNX Runtime f32, {shown}", file, "onnxruntime"))
-    if reduced:
-        shown, (small, file) = smallest(reduced)
-        small_ones = _quantised(small, file, file.parent)
-        peers += [replace(peer, name=f"{peer.name}, {shown}") for peer in small_ones]
-    return peers
+    plain = [("ONNX Runtime f32", base)]
+    plain += [(f"ONNX Runtime f32, {shown}", file) for shown, (_, file) in reduced.items()]
+    quantised = with_smallest(_quantised, bench, base, directory, reduced)
+    return [*(PeerModel(name, file, "onnxruntime") for name, file in plain), *quantised]
 
 
 def _quantised(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from evaluators.bench import Bench
 from search.peers.models import PeerModel
 from search.peers.nncf_peers import quantised_peers
-from search.peers.reduced import Reduced, smallest
+from search.peers.reduced import Reduced, with_smallest
 
 
 def openvino_peers(base: Path, reduced: Reduced) -> list[PeerModel]:
@@ -37,9 +36,4 @@ def quantised_at_sizes(bench: Bench, base: Path, directory: Path, reduced: Reduc
     Raises:
         InputError: NNCF is not installed.
     """
-    peers = quantised_peers(bench, base, directory)
-    if reduced:
-        shown, (small, file) = smallest(reduced)
-        small_ones = quantised_peers(small, file, file.parent)
-        peers += [replace(peer, name=f"{peer.name}, {shown}") for peer in small_ones]
-    return peers
+    return with_smallest(quantised_peers, bench, base, directory, reduced)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from evaluators.bench import Bench
 from evaluators.exported import ModelCard
+from search.peers.models import PeerModel
 from spaces.apply import apply
 from spaces.inputs import shown_size
 from spaces.methods.registry import METHODS
@@ -71,9 +74,30 @@ def _shown(recipe: Recipe) -> Iterator[str]:
         yield f"top-k {boxes.count}"
 
 
-def smallest(reduced: Reduced) -> tuple[str, tuple[Bench, Path]]:
-    """The one of fewest pixels and, of several such, of fewest boxes, with how it is shown."""
-    return min(reduced.items(), key=lambda item: (_pixels(item[1][0]), _boxes(item[1][1])))
+def with_smallest(
+    make: Callable[[Bench, Path, Path], list[PeerModel]],
+    bench: Bench,
+    base: Path,
+    directory: Path,
+    reduced: Reduced,
+) -> list[PeerModel]:
+    """What somebody's package makes of the base, and of the one reduced the most.
+
+    That is the one of fewest pixels, then of fewest boxes, then of fewest proposals.
+
+    Args:
+        make: takes a bench, a float32 file and the directory that the made ones go to.
+        bench: of the study.
+        base: the base's float32 file.
+        directory: where the files of the base go; the others lie beside the reduced one.
+        reduced: of `reduced_inputs`.
+    """
+    peers = make(bench, base, directory)
+    if reduced:
+        shown, (small, file) = min(reduced.items(), key=lambda item: _measure(*item[1]))
+        small_ones = make(small, file, file.parent)
+        peers += [replace(peer, name=f"{peer.name}, {shown}") for peer in small_ones]
+    return peers
 
 
 def _score(bench: Bench, file: Path, hint: str) -> float:
@@ -82,10 +106,7 @@ def _score(bench: Bench, file: Path, hint: str) -> float:
     return bench.scored(session)[0]["map"]
 
 
-def _pixels(bench: Bench) -> int:
-    height, width = bench.detector.preprocess.size
-    return height * width
-
-
-def _boxes(file: Path) -> int:
-    return ModelCard.beside(file).postprocess.pre_nms_topk
+def _measure(bench: Bench, file: Path) -> tuple[int, int, float]:
+    card = ModelCard.beside(file)
+    shares = [regions.share for regions in card.recipe.of_kind(Proposals).values()]
+    return math.prod(bench.detector.preprocess.size), card.postprocess.pre_nms_topk, min(shares, default=1.0)

@@ -22,6 +22,7 @@ from search.peers.all_peers import peers_of
 from search.peers.models import PeerModel
 from spaces.errors import InputError
 from spaces.methods import topk
+from spaces.recipe import Proposals, Recipe
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "scripts" / "configs" / "yolox_digits.safetensors"
 pytest.importorskip("nncf", reason="pip install -e '.[test]'")
@@ -138,6 +139,22 @@ def test_fewer_boxes_are_a_peer_where_the_search_may_choose_them(
     assert ModelCard.beside(file).postprocess.pre_nms_topk == 3
     names = [peer.name for peer in openvino_peers.openvino_peers(base, found[100.0])]
     assert names == ["OpenVINO f32", "OpenVINO bf16", "OpenVINO bf16, top-k 3"]
+
+
+def test_of_as_few_boxes_the_smallest_has_the_fewest_proposals(bench: Bench, tmp_path: Path) -> None:
+    card = ModelCard.beside(bench.base_model(tmp_path / "base"))
+    found: reduced.Reduced = {}
+    for shown, count, shares in (("boxes", 50, ()), ("boxes, regions", 50, (0.5,)), ("regions", 60, (0.25,))):
+        choices = tuple(Proposals(site="proposals", share=share) for share in shares)
+        postprocess = card.postprocess.model_copy(update={"pre_nms_topk": count})
+        recipe = Recipe(detector=card.recipe.detector, choices=choices)
+        (tmp_path / shown).mkdir()
+        card.model_copy(update={"recipe": recipe, "postprocess": postprocess}).write(tmp_path / shown)
+        found[shown] = bench, tmp_path / shown / "model.onnx"
+    made = reduced.with_smallest(
+        lambda _, file, __: [PeerModel("it", file)], bench, tmp_path, tmp_path, found
+    )
+    assert made == [PeerModel("it", tmp_path), PeerModel("it, boxes, regions", found["boxes, regions"][1])]
 
 
 def test_accuracy_control_sees_select(bench: Bench, tmp_path: Path) -> None:

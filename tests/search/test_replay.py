@@ -12,7 +12,7 @@ from search.benchmarks.contenders import CONTENDERS, Known
 from search.benchmarks.curves import apart
 from search.benchmarks.recorded import Recorded, decoded, encoded, read_recorded
 from search.benchmarks.replay import Outcome, compare, replay
-from search.benchmarks.replay_report import write_comparison
+from search.benchmarks.replay_report import _curves, _verdicts, write_comparison
 from search.benchmarks.surrogate import MEAN, Surrogate
 from search.knowledge import LatencyLearner
 from spaces.errors import InputError
@@ -141,6 +141,26 @@ def test_a_comparison_is_reported(recorded: Recorded, tmp_path: Path) -> None:
     assert "above the best seeded plain sampler" in text
     assert (tmp_path / "replay.json").exists()
     assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_samplers_are_judged_by_the_last_of_the_trials_they_can_afford() -> None:
+    outcomes = {
+        "tpe": Outcome(np.array([[0.0, 0.05, 0.06, 0.08]])),
+        "gp": Outcome(np.array([[0.1, 0.2]])),
+        "tpe, our seeds": Outcome(np.array([[0.2, 0.3, 0.4, 0.4]])),
+        "gp, our seeds": Outcome(np.array([[0.2, 0.5]])),
+        "front": Outcome(np.array([[0.1, 0.3, 0.5, 0.6]])),
+    }
+    cold, seeded = _verdicts(outcomes, 4)
+    assert "gp, ends at 0.2000 after 2 trials; ours is there after 2 (median), 1.00 of its trials" in cold
+    assert "At 4 trials ours is +20.00 %" in seeded
+    assert "gp, our seeds after its 2 (paired" in seeded
+
+
+def test_samplers_that_do_the_same_share_a_curve() -> None:
+    same = np.array([[0.1, 0.2]])
+    found = _curves({"tpe": Outcome(same), "gp": Outcome(2 * same), "ray OptunaSearch": Outcome(same.copy())})
+    assert [curve.name for curve in found] == ["tpe = ray OptunaSearch", "gp"]
 
 
 def test_names_at_the_ends_of_curves_do_not_overlap() -> None:
