@@ -45,11 +45,13 @@ class Progress:
         total: how many trials the study shall have.
         stream: where to write; a terminal gets the live panel, anything else lines.
         quiet: show nothing (for callers that show something themselves).
+        workers: how many share the work that is left.
     """
 
     total: int
     stream: TextIO = field(default_factory=lambda: sys.stdout)
     quiet: bool = False
+    workers: int = 1
 
     def __post_init__(self) -> None:
         self._console = Console(file=self.stream, highlight=False, soft_wrap=True)
@@ -122,17 +124,17 @@ class Progress:
         elif failed:
             self.say(f"trial {number}: {what}")
 
-    def seconds_left(self, workers: int) -> float | None:
+    def seconds_left(self) -> float | None:
         """Estimate from the trials of this run, None before the first one has ended or while preparing."""
         if not self._trial_seconds or self._preparing:
             return None
         recent = self._trial_seconds[-20:]
         running = sum(min(time.monotonic() - d.since, recent[-1]) for d in self._doing.values())
         work = max(0, self.total - self._finished) * sum(recent) / len(recent) - running
-        return max(0.0, work) / max(1, workers)
+        return max(0.0, work) / self.workers
 
     def _left(self) -> str:
-        seconds = self.seconds_left(len(self._doing) or 1)
+        seconds = self.seconds_left()
         return "" if seconds is None or self._finished >= self.total else f", about {duration(seconds)} left"
 
     def __rich__(self) -> RenderableType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,7 +240,7 @@ class StudySource:
                 self._fail(candidate, "score", f"{name} is {value}", evaluation=evaluation)
                 return
         candidate.writer.complete(values, evaluation, constraints)
-        point = Point(candidate.number, dict(zip(self._study.objectives, values, strict=True)))
+        point = self._point(candidate.number, values)
         self._told(candidate, lambda: describe(point, self._progress.base))
 
     def _fail(
@@ -297,9 +297,15 @@ class StudySource:
         finished = [t for t in trials if counts(t)]
         failed = sum(t.state == TrialState.FAIL for t in finished)
         self._progress.totals(len(finished), failed, sum(map(is_stopped, finished)))
-        names = list(self._study.objectives)
-        values = {t.number: t.values for t in trials if t.state == TrialState.COMPLETE}
-        points = {n: Point(n, dict(zip(names, v, strict=True))) for n, v in values.items()}
-        front = sorted((points[n] for n in front_numbers(self._study)), key=lambda p: -p.values[names[0]])
+        points = {t.number: self._point(t.number, t.values) for t in trials if t.state == TrialState.COMPLETE}
+        first, direction = next(iter(self._study.objectives.items()))
+        front = sorted(
+            (points[n] for n in front_numbers(self._study)),
+            key=lambda point: point.values[first],
+            reverse=direction == "maximize",
+        )
         base = base_number(self._study)
         self._progress.points(None if base is None else points[base], front)
+
+    def _point(self, number: int, values: Sequence[float]) -> Point:
+        return Point(number, dict(zip(self._study.objectives, values, strict=True)))

@@ -146,7 +146,7 @@ def search(
                 if address
                 else None,
             ),
-            progress=Progress(total),
+            progress=Progress(total, workers=settings.search.workers),
         )
     except (BaseFailedError, WorkersUnusableError) as error:
         print(f"paredown: {error}", file=sys.stderr)
