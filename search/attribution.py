@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluators.evaluation import Evaluation
 from evaluators.latency_model import LatencyModel
+from evaluators.ranking import Problem
 from search.experience import ExperienceReader, believed_loss
-from search.judge import base_evaluation, reference_of
+from search.judge import (
+    base_evaluation,
+    gain_of_training_further,
+    latency_scale,
+    problem_of,
+    reference_of,
+)
 from search.knowledge import figures_of, latency_learner, measured_damage
 from search.loss_model import LossModel
 from search.study import SearchStudy
@@ -50,9 +58,11 @@ class Explanation:
     Attributes:
         number: of the trial.
         choices: the most expensive first, then those that save the most.
-        predicted_loss, predicted_saved_ms: of the whole recipe, by the same models. Losses add up to it;
-            savings need not, because two choices on one layer share what they save.
+        predicted_loss, predicted_saved_ms: of the whole recipe, by the same models. Losses add up to it,
+            less what training gains the base where losses count from the base as it came; savings need not,
+            because two choices on one layer share what they save.
         measured_loss, measured_saved_ms: of the trial; None where it was not measured to the end.
+        counted: a sentence that says from which base losses count.
     """
 
     number: int
@@ -61,6 +71,7 @@ class Explanation:
     predicted_saved_ms: float
     measured_loss: float | None
     measured_saved_ms: float | None
+    counted: str = ""
 
     @property
     def summed_loss(self) -> float:
@@ -106,16 +117,33 @@ def explain(study: SearchStudy, table: SpaceTable, number: int) -> Explanation:
     loss, _ = believed_loss(table, damage, experience)
     model = latency_learner(table, study)(experience.finished)
     reference_ms = base.metrics["latency_ms"].value / base.metrics["latency_ratio"].value
+    reference_ms *= latency_scale(study)
     figures = figures_of(trials[number]) if trials[number].state == TrialState.COMPLETE else None
-    losses_against = reference_of(base).metrics["map"].value
-    return attributed(
+    problem = problem_of(study) or Problem()
+    against = reference_of(base, problem.losses_from).metrics["map"].value
+    found = attributed(
         table,
         trials[number],
         loss,
         model,
         reference_ms,
-        measured=None if figures is None else (losses_against - figures[0], (1 - figures[1]) * reference_ms),
+        measured=None if figures is None else (against - figures[0], (1 - figures[1]) * reference_ms),
     )
+    uncounted = reference_of(base).metrics["map"].value - against
+    return replace(
+        found, predicted_loss=found.predicted_loss - uncounted, counted=_counted(base, against, uncounted)
+    )
+
+
+def _counted(base: Evaluation, against: float, uncounted: float) -> str:
+    """From which base losses count: which has `against` AP, `uncounted` below what choices count from."""
+    if uncounted:
+        return (
+            f"Losses of the whole count from the base as it came, {against:.2f} AP, those of single choices "
+            f"from the base trained further, {against + uncounted:.2f} AP."
+        )
+    which = "the base trained further" if gain_of_training_further(base) else "the base"
+    return f"Losses count from {which}, {against:.2f} AP."
 
 
 def attributed(
@@ -126,7 +154,7 @@ def attributed(
     reference_ms: float,
     measured: tuple[float, float] | None,
 ) -> Explanation:
-    """The explanation of a trial by given models.
+    """The explanation of a trial by given models; its losses count from the base that those of `loss` do.
 
     Args:
         reference_ms: latency of the base.

@@ -15,11 +15,12 @@ import optuna
 from numpy.typing import ArrayLike, NDArray
 from optuna.trial import FrozenTrial, TrialState
 
+from evaluators.evaluation import Evaluation
 from evaluators.jobs import Rung
-from evaluators.ranking import Problem, non_dominated_ranks
+from evaluators.ranking import MAP_DROP, Problem, non_dominated_ranks
 from search.config import KEEP
 from search.experience import ExperienceReader
-from search.judge import allowed_loss, base_evaluation, reference_of
+from search.judge import base_evaluation, latency_scale, reference_of
 from search.knowledge import LatencyLearner, latency_learner
 from search.parts import RungRule, Verdict
 from search.study import SearchStudy
@@ -108,7 +109,7 @@ class HalvingRule:
 
     Attributes:
         study: its base is what losses count against.
-        problem: objectives and limits.
+        problem: objectives and limits, as the user wrote them.
         epochs: the rungs.
         ratios: predicts latencies.
         keep: share that goes on, rounded up; 1 stops nobody, whatever the limits.
@@ -170,19 +171,30 @@ class HalvingRule:
         facts = dict(figures)
         if ratio is not None:
             reference_ms = base.metrics["latency_ms"].value if "latency_ms" in base.metrics else math.nan
-            facts |= {"latency_ratio": ratio, "latency_ms": ratio * reference_ms}
+            here_ms = ratio * reference_ms * latency_scale(self.study)
+            facts |= {"latency_ratio": ratio, "latency_ms": here_ms}
         for name, (operator, bound) in self.problem.limits.items():
             if name in SURE and name in facts and operator == "<=" and facts[name] > bound * (1 + SURE[name]):
                 said = "predicted " if name.startswith("latency") else ""
                 return f"{said}{name} {facts[name]:.4g}, the limit is {bound:g}"
-        base_map = reference_of(base).metrics["map"].value
-        allowed = allowed_loss(self.problem, base)
-        if (
-            math.isfinite(allowed)
-            and (least := self._least_loss(trials, epochs, base_map, base_map - figures["map"])) > allowed
-        ):
-            return f"loses {least:.1f} AP even at the best recovery seen, the limit is {allowed:g}"
-        return ""
+        return self._lost_for_good(trials, epochs, figures["map"], base)
+
+    def _lost_for_good(
+        self, trials: Sequence[FrozenTrial], epochs: int, at_rung: float, base: Evaluation
+    ) -> str:
+        """The limit on mAP that training cannot bring within reach; empty where it may."""
+        trained = reference_of(base).metrics["map"].value
+        counted = reference_of(base, self.problem.losses_from).metrics["map"].value
+        allowed = self.problem.allowed_loss(counted)
+        if math.isinf(allowed):
+            return ""
+        best = trained - self._least_loss(trials, epochs, trained, trained - at_rung)
+        if counted - best <= allowed:
+            return ""
+        if self.problem.limits.get(MAP_DROP) == ("<=", allowed):
+            return f"loses {counted - best:.1f} AP even at the best recovery seen, the limit is {allowed:g}"
+        _, least = self.problem.limits["map"]
+        return f"has {best:.1f} AP even at the best recovery seen, the limit is {least:g}"
 
     @staticmethod
     def _least_loss(trials: Sequence[FrozenTrial], epochs: int, base_map: float, loss: float) -> float:

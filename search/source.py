@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from evaluators.evaluation import Evaluation
 from evaluators.jobs import Job, StageReport
 from search.asking import Asker, Candidate
+from search.judge import latency_scale
 from search.owners import Driver, recover_orphans
 from search.parts import SearchParts
 from search.preparation import PREPARED, Preparation
@@ -65,6 +66,7 @@ class StudySource:
         self._running: dict[str, _Running] = {}
         rungs = {} if parts.rungs is None else {"rungs": list(parts.rungs.epochs)}
         self._payload = {**(parts.payload or {}), **rungs}
+        self._latency_scale = latency_scale(study)
         self._idle_until = 0.0
         self._recovered_at = time.monotonic()
         self.interrupted_count = 0
@@ -308,4 +310,8 @@ class StudySource:
         self._progress.points(None if base is None else points[base], front)
 
     def _point(self, number: int, values: Sequence[float]) -> Point:
-        return Point(number, dict(zip(self._study.objectives, values, strict=True)))
+        """What a trial was told, milliseconds as of the newest reference's machine."""
+        point = Point(number, dict(zip(self._study.objectives, values, strict=True)))
+        if "latency_ms" in point.values:
+            point.values["latency_ms"] *= self._latency_scale
+        return point

@@ -64,7 +64,7 @@ def explanation_table(explanation: Explanation) -> Table:
     from search.attribution import REMARK
 
     title = f"Trial {explanation.number}: {len(explanation.choices)} choices"
-    table = Table(box=box.SIMPLE_HEAD, title=title, caption=REMARK)
+    table = Table(box=box.SIMPLE_HEAD, title=title, caption=f"{REMARK} {explanation.counted}")
     table.title_justify = table.caption_justify = "left"
     table.add_column("choice", overflow="fold")
     for name in ("value", "base", "AP lost", "ms saved"):

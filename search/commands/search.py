@@ -221,7 +221,7 @@ def _warm_source(settings: SearchConfig, bench: Bench, storage: str) -> SearchSt
 
 
 def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchParts:
-    from search.judge import ProblemJudge, as_stored
+    from search.judge import ProblemJudge
     from search.parts import SearchParts
     from search.retention import retain
     from search.rungs import HalvingRule, PredictedRatios
@@ -233,9 +233,7 @@ def _parts(settings: SearchConfig, bench: Bench, study: SearchStudy) -> SearchPa
 
     strategy = Strategy(bench, study, settings.problem, settings.search.sampler, settings.search.seeds)
     ratios = PredictedRatios(SpaceTable(bench.space), study)
-    rule = HalvingRule(
-        study, as_stored(settings.problem, study), settings.rungs, ratios, keep=settings.search.keep
-    )
+    rule = HalvingRule(study, settings.problem, settings.rungs, ratios, keep=settings.search.keep)
     return SearchParts(
         distributions=bench.space.distributions(),
         to_recipe=bench.space.recipe,

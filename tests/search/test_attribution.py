@@ -9,11 +9,14 @@ import optuna
 import pytest
 from rich.console import Console
 
+from evaluators.evaluation import Measurement
 from search.attribution import attributed, explain
 from search.commands.explain import explanation_table
+from search.judge import NEW_REFERENCE
 from search.loss_model import LossModel
 from search.sensitivity import single_changes
 from search.study import SearchStudy, open_study
+from search.trials import evaluation_of
 from spaces.errors import InputError
 from tests.search.test_sampler import MadeUp
 from tests.search.test_solver import random_damage, toy_model
@@ -42,8 +45,12 @@ def test_choices_by_hand() -> None:
     assert (found.measured_loss, found.measured_saved_ms) == (3.0, 4.0)
 
 
-def filled_study(folder: Path, problem: MadeUp) -> SearchStudy:
-    """A study in a file with the sensitivities, and the trials of a run in memory."""
+def filled_study(folder: Path, problem: MadeUp, further: float | None = None) -> SearchStudy:
+    """A study in a file with the sensitivities, and the trials of a run in memory.
+
+    Args:
+        further: mAP of the base after a candidate's training.
+    """
     study = open_study(
         "s",
         {"detector": "toy"},
@@ -53,8 +60,12 @@ def filled_study(folder: Path, problem: MadeUp) -> SearchStudy:
     changes = {recipe.key: problem.damage[p, o] for p, o, recipe in single_changes(problem.table.space)}
     study.optuna.set_user_attr("job/sensitivity 1/1", {"result": {"damage": changes}})
     for trial in problem.run(problem.sampler(0), 6).get_trials():
-        evaluation = trial.user_attrs["evaluation"]
-        assert '"latency_ms"' in evaluation
+        evaluation = evaluation_of(trial)
+        assert evaluation is not None
+        assert "latency_ms" in evaluation.metrics
+        if further is not None and trial.number == 0:
+            evaluation.metrics["map_trained_further"] = Measurement(value=further, unit="AP")
+            trial.set_user_attr("evaluation", evaluation.model_dump_json())
         study.optuna.add_trial(trial)
     return study
 
@@ -75,6 +86,24 @@ def test_of_a_study(tmp_path: Path) -> None:
     assert "attributions by models" in text
     assert f"{quality - 60.0:.2f}".lstrip("-") in text
     assert found.to_json()["choices"][0]["parameter"] == found.choices[0].parameter
+
+
+def test_figures_count_as_those_of_the_front_do(tmp_path: Path) -> None:
+    """The base gains 1.4 AP from training, and takes 40 ms on the machine of a new reference."""
+    problem = MadeUp()
+    study = filled_study(tmp_path, problem, further=61.4)
+    study.optuna.set_user_attr(NEW_REFERENCE, {"scale": 2.0})
+    quality, ratio = study.optuna.get_trials()[3].values
+    trained = explain(study, problem.table, 3)
+    assert trained.measured_saved_ms == pytest.approx((1 - ratio) * 40.0)
+    assert trained.measured_loss == pytest.approx(61.4 - quality)
+    assert trained.predicted_loss == pytest.approx(trained.summed_loss)
+    assert trained.counted == "Losses count from the base trained further, 61.40 AP."
+    study.optuna.set_user_attr("config", {"problem": {"losses_from": "given"}})
+    given = explain(study, problem.table, 3)
+    assert given.measured_loss == pytest.approx(60.0 - quality)
+    assert given.predicted_loss == pytest.approx(given.summed_loss - 1.4)
+    assert "as it came, 60.00 AP" in given.counted
 
 
 def test_what_cannot_be_explained(tmp_path: Path) -> None:

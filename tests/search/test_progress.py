@@ -10,6 +10,7 @@ from optuna.trial import create_trial
 from rich.console import Console
 
 from evaluators.ranking import Direction
+from search.judge import NEW_REFERENCE
 from search.owners import driver_of
 from search.progress import Point, Progress, describe, duration
 from search.source import StudySource
@@ -112,6 +113,17 @@ def test_the_best_points_by_the_first_objective_come_first(tmp_path: Path) -> No
         (tmp_path / name).mkdir()
         shown = shown_of(study_of(tmp_path / name, objectives, *trials))
         assert [line.split()[0] for line in shown.splitlines()[-3:]] == ["base", *order]
+
+
+def test_milliseconds_are_those_of_the_newest_reference(tmp_path: Path) -> None:
+    objectives: dict[str, Direction] = {"map": "maximize", "latency_ms": "minimize"}
+    study = study_of(
+        tmp_path, objectives, {"map": 60.0, "latency_ms": 10.0}, {"map": 59.0, "latency_ms": 8.0}
+    )
+    study.optuna.set_user_attr(NEW_REFERENCE, {"scale": 2.0})
+    shown = shown_of(study)
+    assert "20 (1.00x)" in shown
+    assert "16 (1.25x)" in shown
 
 
 def test_the_words() -> None:

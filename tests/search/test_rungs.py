@@ -19,6 +19,7 @@ from evaluators.evaluation import Evaluation, Measurement
 from evaluators.jobs import Rung
 from evaluators.ranking import Problem
 from search.experience import ExperienceReader
+from search.judge import NEW_REFERENCE
 from search.loop import run_search
 from search.owners import driver_of
 from search.retention import front_numbers
@@ -161,6 +162,11 @@ def test_facts_that_training_does_not_change_are_held_against_the_limits(study: 
     )
     assert reason({"max_latency_ms": 6.0}, 0.71) == "", "within what a prediction may err"
     assert reason({"max_latency_ratio": 0.5}, 0.61).startswith("before training: predicted latency_ratio")
+    study.optuna.set_user_attr(NEW_REFERENCE, {"scale": 2.0})  # the base takes 20 ms now
+    assert reason({"max_latency_ms": 12.0}, 0.73) == (
+        "before training: predicted latency_ms 14.6, the limit is 12"
+    )
+    assert reason({"max_latency_ms": 12.0}, 0.71) == ""
 
 
 def test_keeping_all_stops_nobody(study: SearchStudy) -> None:
@@ -187,7 +193,27 @@ def test_a_loss_that_training_never_repaired_so_far(study: SearchStudy) -> None:
     assert not limited.verdict(trials, me, one_shot(10.0)).stop
     assert not rule(study, company=99).verdict(trials, me, one_shot(30.0)).stop, "no limit"
     least = rule(study, limits={"min_map": 55.0}, company=99)
-    assert least.verdict(trials, me, one_shot(30.0)).stop
+    verdict = least.verdict(trials, me, one_shot(30.0))
+    assert verdict.reason == "before training: has 54.0 AP even at the best recovery seen, the limit is 55"
+    assert not least.verdict(trials, me, one_shot(36.0)).stop
+
+
+def test_a_limit_is_said_as_it_was_written(tmp_path: Path) -> None:
+    """The base has 58 AP and 60 with a candidate's training, of which a share of 0.2 of a loss is left."""
+    study = toy_study(tmp_path)
+    trained = {"map_trained_further": Measurement(value=60.0, unit="AP")}
+    base = Evaluation.model_validate_json(evaluation(58.0)[EVALUATION])
+    base = base.model_copy(update={"metrics": {**base.metrics, **trained}})
+    add(study, {}, TrialState.COMPLETE, 58.0, **{EVALUATION: base.model_dump_json()})
+    for at_rung_ in (40.0, 30.0, 20.0, 35.0, 10.0):
+        add(study, {0: at_rung_}, TrialState.COMPLETE, 60.0 - 0.2 * (60.0 - at_rung_))
+    me = add(study, {})
+    trials = study.optuna.get_trials()
+    problem = Problem.read({"limits": {"max_map_drop": 3.0}, "losses_from": "given"})
+    given = replace(rule(study, company=99), problem=problem)
+    assert not given.verdict(trials, me, one_shot(36.0)).stop, "55.2 of 58 AP"
+    verdict = given.verdict(trials, me, one_shot(34.0))  # 54.8
+    assert verdict.reason == "before training: loses 3.2 AP even at the best recovery seen, the limit is 3"
 
 
 def test_what_was_decided_holds_for_any_driver(study: SearchStudy, tmp_path: Path) -> None:
