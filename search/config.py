@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from spaces.errors import InputError
 
 _LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
 _PATHS = ("checkpoint", "data.root", "data.fit", "data.select", "data.report")
+_CLASSES = ("model", "search.sampler")
 """Looked for beside the configuration first, then in the working directory."""
 
 _REMEDIES = {
@@ -133,10 +135,10 @@ def load_config(
     """
     document = _read(path)
     for field in _PATHS:
-        _resolve(document, field, path.parent)
+        _change(document, field, partial(_beside, path.parent, field))
+    for field in _CLASSES:
+        _change(document, field, partial(located, folder=path.parent))
     _resolve_target(document, path.parent)
-    if isinstance(document.get("model"), str):
-        document["model"] = located(document["model"], path.parent)
     document.setdefault("name", path.stem)
     changes = dict(overrides or {})
     _spelled_checkpoint(document, path)
@@ -219,18 +221,21 @@ def _read(path: Path) -> dict[str, Any]:
     return document
 
 
-def _resolve(document: dict[str, Any], field: str, folder: Path) -> None:
+def _change(document: dict[str, Any], field: str, change: Callable[[str], str]) -> None:
+    """Change a dotted field where it is a text."""
     *parents, last = field.split(".")
     place: Any = document
     for key in parents:
         place = place.get(key) if isinstance(place, dict) else None
-    value = place.get(last) if isinstance(place, dict) else None
-    if not isinstance(value, str):
-        return
+    if isinstance(place, dict) and isinstance(place.get(last), str):
+        place[last] = change(place[last])
+
+
+def _beside(folder: Path, field: str, value: str) -> str:
     beside = folder / Path(value).expanduser()
     # Names of annotations (`fit: train`) are no paths; a folder that happens to be called so does not count.
-    if beside.exists() and (last in ("checkpoint", "root") or beside.is_file()):
-        place[last] = str(beside)
+    is_path = field in ("checkpoint", "data.root") or beside.is_file()
+    return str(beside) if beside.exists() and is_path else value
 
 
 def _resolve_target(document: dict[str, Any], folder: Path) -> None:

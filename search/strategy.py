@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from evaluators.bench import Bench
 from evaluators.jobs import Job
 from evaluators.ranking import Problem
 from search.knowledge import PROBE, finished_trials, latency_learner, measured_damage
+from search.own_sampler import OwnSampler, own_sampler
 from search.sampler import FrontSampler
 from search.seeds import BFLOAT16_BITS, narrowest, seed_recipes, smooth_starts, uniform_starts
 from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, store_sensitivity
@@ -32,7 +32,7 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
-"""Optuna's own, by the names of `--sampler`; `front` is ours, `module:Class` anybody's."""
+"""Optuna's own, by the names of `--sampler`; `front` is ours, those with a colon are users'."""
 
 
 class Strategy:
@@ -42,7 +42,7 @@ class Strategy:
         bench: its space and detector.
         study: where results are stored.
         problem: its limits on mAP bound what is proposed.
-        sampler: `front`, one of `SAMPLERS`, or `module:Class`, which is called with `seed`.
+        sampler: `front`, one of `SAMPLERS`, or `module:Class` or `file.py:Class`, called with `seed`.
         seeds: measure sensitivities and latencies first and enqueue solved recipes; `front` needs it.
 
     Raises:
@@ -59,6 +59,7 @@ class Strategy:
     ) -> None:
         self._study = study
         self._seeds = seeds or sampler == "front"
+        self._name = sampler
         self._make = None if sampler == "front" else sampler_named(sampler)
         self._space, self._table = bench.space, SpaceTable(bench.space)
         self._problem = problem
@@ -70,7 +71,8 @@ class Strategy:
         if damage is not None:
             store_sensitivity(self._study, sensitivity_of(self._table, damage))
         if self._make is not None:
-            return self._make(seed)
+            made = self._make(seed)
+            return made if self._name in SAMPLERS else OwnSampler(self._name, made, self._space)
         if damage is None:
             return SAMPLERS["tpe"](seed)
         learner = latency_learner(self._table, self._study)
@@ -147,19 +149,11 @@ def sampler_named(name: str) -> Callable[[int], BaseSampler]:
     """A maker of Optuna samplers from a seed.
 
     Raises:
-        InputError: unknown name, or a class that cannot be imported or made of a seed alone.
+        InputError: unknown name, or a user's sampler that is refused by `own_sampler`.
     """
     if name in SAMPLERS:
         return SAMPLERS[name]
     if ":" not in name:
-        raise InputError("search.sampler", name, f"choose front, {', '.join(SAMPLERS)}, or module:Class")
-    module, _, attribute = name.partition(":")
-    try:
-        made: Callable[..., BaseSampler] = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever the module raises
-        raise InputError("search.sampler", name, f"cannot be imported ({error})") from None
-    try:
-        made(seed=0)
-    except Exception as error:
-        raise InputError("search.sampler", name, f"cannot be made of seed= alone ({error})") from None
-    return lambda seed: made(seed=seed)
+        known = f"front, {', '.join(SAMPLERS)}"
+        raise InputError("search.sampler", name, f"choose {known}, module:Class or file.py:Class")
+    return own_sampler(name)

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.evaluation import Evaluation
 from search.handover import OWNER, hand_over, owner_in
+from spaces.errors import InputError
 from spaces.recipe import Recipe
 
 RECIPE = "recipe"
@@ -251,6 +252,8 @@ class TrialWriter:
             self._study.tell(self.number, None if values is None else list(values), state)
         except UpdateFinishedTrialError:
             self.lost = True
+        except InputError:  # of a user's sampler, which is a ValueError, too
+            raise
         except ValueError:
             if self._study._storage.get_trial(self.id).state == TrialState.RUNNING:
                 raise

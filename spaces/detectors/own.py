@@ -39,7 +39,7 @@ def own_detector(name: str, num_classes: int, size: tuple[int, int] | None) -> D
     Raises:
         InputError: the class cannot be imported, cannot be called so, or is no detector.
     """
-    factory = _imported(name)
+    factory = imported(name, "model")
     place, _, attribute = name.rpartition(":")
     shown = f"{Path(place).stem}:{attribute}" if place.endswith(".py") else name
     options: dict[str, Any] = {"name": shown, "num_classes": num_classes}
@@ -127,18 +127,27 @@ def located(name: str, folder: Path) -> str:
     return f"{found.absolute()}:{attribute}"
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def imported(name: str, field: str) -> Callable[..., Any]:
+    """A user's class by its name.
+
+    Args:
+        name: `package.module:Class` or `path/of/file.py:Class`; the working directory counts.
+        field: of the configuration, for the message.
+
+    Raises:
+        InputError: no such file, module or class, or it fails while it is imported.
+    """
     place, _, attribute = name.rpartition(":")
     try:
-        module = _from_file(Path(place)) if place.endswith(".py") else _from_path(place)
+        module = _from_file(Path(place), field) if place.endswith(".py") else _from_path(place)
     except InputError:
         raise
     except Exception as error:  # whatever the user's code raises while it is imported
         cause = str(error).splitlines()[0] if str(error) else ""
-        raise InputError("model", name, f"cannot be imported ({type(error).__name__}: {cause})") from error
+        raise InputError(field, name, f"cannot be imported ({type(error).__name__}: {cause})") from error
     found = getattr(module, attribute, None)
     if not callable(found):
-        raise InputError("model", name, f"cannot be imported ({place} has no class {attribute!r})")
+        raise InputError(field, name, f"cannot be imported ({place} has no class {attribute!r})")
     factory: Callable[..., Any] = found
     return factory
 
@@ -151,11 +160,11 @@ def _from_path(module: str) -> ModuleType:
     return importlib.import_module(module)
 
 
-def _from_file(file: Path) -> ModuleType:
+def _from_file(file: Path, field: str) -> ModuleType:
     """Import a file once; what lies beside it can be imported, too."""
     file = file.expanduser().absolute()
     if not file.is_file():
-        raise InputError("model", str(file), "no such file")
+        raise InputError(field, str(file), "no such file")
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
