@@ -19,7 +19,8 @@ from spaces.detectors.published import weights_file
 from spaces.documents import refused
 from spaces.errors import InputError
 
-_LIMIT = re.compile(r"(?:max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
+_LIMIT = re.compile(r"(max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
+_IMPLIED = {"max_": "<=", "min_": ">="}
 _PATHS = ("checkpoint", "data.root", "data.fit", "data.select", "data.report")
 _CLASSES = ("model", "search.sampler")
 """Looked for beside the configuration first, then in the working directory."""
@@ -195,10 +196,12 @@ def read_limits(limits: list[str]) -> dict[str, Any]:
     for text in limits:
         match = _LIMIT.fullmatch(text.strip())
         try:
-            name, operator, bound = match.groups() if match else ("", "", "")
+            prefix, name, operator, bound = match.groups("") if match else ("",) * 4
             field, limit = f"problem.limits.{name}", [operator, float(bound)]
         except ValueError:
             raise InputError("--limit", text, "write it as 'latency_ms<=8' or 'map>=30'") from None
+        if _IMPLIED.get(prefix, operator) != operator:
+            raise InputError("--limit", text, f"contradicts itself; write {name}<={bound} or {name}>={bound}")
         if field in overrides:
             raise InputError("--limit", text, f"{name} already has a limit")
         overrides[field] = limit

@@ -17,10 +17,18 @@ from evaluators.jobs import TRIAL_PREFIX, folder_name
 from evaluators.ranking import front
 from search.study import SearchStudy
 from search.trials import is_candidate, is_feasible, recipe_of
+from spaces.errors import InputError
 
 STATE_FILES = ("recipe.json", "*.safetensors")
 """From these the model of a trial can be made again, bit for bit."""
 _STATE = re.compile("|".join(map(translate, STATE_FILES)))
+
+_NO_MODEL = {
+    TrialState.FAIL: "has failed",
+    TrialState.PRUNED: "was stopped early",
+    TrialState.RUNNING: "is running",
+    TrialState.WAITING: "has not begun",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,28 @@ def base_number(study: SearchStudy) -> int | None:
         if recipe is not None and recipe.is_identity and is_candidate(trial):
             return trial.number
     return None
+
+
+def trial_with_model(study: SearchStudy, number: int) -> FrozenTrial:
+    """A trial that came to its end, with a model that was kept or can be made again for some time.
+
+    Raises:
+        InputError: no such trial, or one without a model.
+    """
+    trials = study.optuna.get_trials(deepcopy=False)
+    if number >= len(trials):
+        raise InputError(
+            "--trial", number, f"study {study.name} has {len(trials)} trials, the first of them is 0"
+        )
+    what = _NO_MODEL.get(trials[number].state)
+    if what is not None:
+        raise InputError("--trial", number, f"{what} and has no model; choose one of the front")
+    return trials[number]
+
+
+def can_be_made_again(folder: Path) -> bool:
+    """True where recipe and state of a trial are still in its folder."""
+    return all(any(folder.glob(pattern)) for pattern in STATE_FILES)
 
 
 def retain(study: SearchStudy, keep_mb: float, keep: Collection[int] | None = None) -> Kept:

@@ -82,8 +82,8 @@ def _check_free(host: str, port: int) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except OSError as error:
-        here = error.errno != errno.EADDRNOTAVAIL
-        field, value = ("--port", str(port)) if here else ("--host", host)
+        elsewhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        field, value = ("--host", host) if elsewhere else ("--port", str(port))
         raise InputError(
             field, value, f"cannot listen on {host}:{port} ({error.strerror}); try another"
         ) from None

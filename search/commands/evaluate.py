@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from search.commands.finish import GONE
+from search.commands.hints import of_study
 from search.commands.options import (
     DEFAULT_STORAGE,
     AsJson,
@@ -104,19 +106,21 @@ def evaluate(
 
 def _model_of_trial(study: str, trial: int, storage: str) -> Path:
     from evaluators.exported import model_in
+    from search.retention import can_be_made_again, trial_with_model
     from search.study import load_study
     from search.trials import number_of_files
     from spaces.errors import InputError
 
     opened = load_study(study, url=storage)
-    trials = opened.optuna.get_trials(deepcopy=False)
-    original = number_of_files(trials[trial]) if trial < len(trials) else trial
-    model = model_in(opened.trial_folder(original))
-    if not model.is_file():
-        remake = f"paredown finish --study {study} --trial {trial} --output DIR"
-        remedy = f"only models of the front and the base are kept; make it again with {remake}"
-        raise InputError("--trial", trial, remedy)
-    return model
+    folder = opened.trial_folder(number_of_files(trial_with_model(opened, trial)))
+    model = model_in(folder)
+    if model.is_file():
+        return model
+    if not can_be_made_again(folder):
+        raise InputError("--trial", trial, GONE)
+    remake = of_study("finish", study, storage, "--trial", str(trial), "--output", "DIR")
+    remedy = f"only models of the front and the base are kept; make it again with {remake}"
+    raise InputError("--trial", trial, remedy)
 
 
 def _base(

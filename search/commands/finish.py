@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from evaluators.bench import Bench
     from search.study import SearchStudy
 
+GONE = "its files are gone from the artefact folder (see keep_mb)"
 TOLERANCE_AP = 0.05
 """Engines of another build may round differently; a wrong file is off by far more."""
 
@@ -75,8 +76,9 @@ def finish(
     expected = _stored_map(opened, number)
     bench = _bench(opened, overrides(data, checkpoint, threads=threads, seed=seed))
     tell_licence(bench.detector.name)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    beside = output if output.is_dir() else output.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=beside))
     try:
         how = _put_model(bench, opened, number, draft)
         found, objects = _score(bench, draft)
@@ -87,10 +89,7 @@ def finish(
                 file=sys.stderr,
             )
             return 1
-        draft.chmod(0o755)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(draft, output)
+        _put_down(draft, output)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     say(f"{model_in(output)} and model.json: trial {number} of {opened.name}, {how}")
@@ -101,16 +100,24 @@ def finish(
 
 def _stored_map(study: SearchStudy, number: int) -> float:
     """The mAP of a trial on select, as the study has it."""
-    from search.trials import evaluation_of, is_stopped
+    from search.retention import trial_with_model
+    from search.trials import evaluation_of
     from spaces.errors import InputError
 
-    trials = study.optuna.get_trials(deepcopy=False)
-    if number < len(trials) and is_stopped(trials[number]):
-        raise InputError("--trial", number, "was stopped early and has no model; choose one of the front")
-    evaluation = evaluation_of(trials[number]) if number < len(trials) else None
+    evaluation = evaluation_of(trial_with_model(study, number))
     if evaluation is None or "map" not in evaluation.metrics:
-        raise InputError("--trial", number, f"no finished trial of study {study.name}")
+        raise InputError("--trial", number, f"study {study.name} has no mAP of it; choose one of the front")
     return evaluation.metrics["map"].value
+
+
+def _put_down(draft: Path, output: Path) -> None:
+    """Move a folder to its place."""
+    if output.is_dir():  # not replaced: it may be the working directory, or where a disk is mounted
+        for file in draft.iterdir():
+            os.replace(file, output / file.name)
+    else:
+        draft.chmod(0o755)
+        os.replace(draft, output)
 
 
 def _bench(study: SearchStudy, changes: dict[str, object]) -> Bench:
@@ -133,8 +140,9 @@ def _bench(study: SearchStudy, changes: dict[str, object]) -> Bench:
 def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> str:
     """Copy the pair of a trial, or make it again from its stored state; says which."""
     from evaluators.exported import CARD_FILE, model_in
+    from search.retention import can_be_made_again
     from search.trials import evaluation_of, number_of_files, recipe_of
-    from spaces.apply import PLAN_FILE, STATE_FILE, rebuild
+    from spaces.apply import rebuild
     from spaces.effects import bits_by_layer
     from spaces.errors import InputError
 
@@ -144,8 +152,8 @@ def _put_model(bench: Bench, study: SearchStudy, number: int, folder: Path) -> s
         for file in (model_in(source), source / CARD_FILE):
             shutil.copyfile(file, folder / file.name)
         return "copied"
-    if not all((source / name).is_file() for name in (PLAN_FILE, STATE_FILE)):
-        raise InputError("--trial", number, "its files are gone from the artefact folder (see keep_mb)")
+    if not can_be_made_again(source):
+        raise InputError("--trial", number, GONE)
     recipe, evaluation = recipe_of(trials[number]), evaluation_of(trials[number])
     assert recipe is not None
     assert evaluation is not None, "its mAP was read before"

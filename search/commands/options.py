@@ -103,11 +103,13 @@ def require_place(field: str, path: Path) -> None:
     """Look at where something is to be written, before work is done for it.
 
     Raises:
-        InputError: neither the folder of `path` nor the nearest one above it that is there can be written to.
+        InputError: `path` itself, where it is a folder, or the nearest one above it that is there cannot be
+            written to.
     """
     from spaces.errors import InputError
 
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    place = path.absolute()
+    parent = place if place.is_dir() else next(folder for folder in place.parents if folder.exists())
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass

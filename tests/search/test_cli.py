@@ -248,6 +248,14 @@ def test_a_port_that_is_taken(here: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "try another" in said
 
 
+def test_a_host_that_is_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from search.storage import open_storage
+
+    open_storage("sqlite:///runs.db")
+    said = refused(capsys, "dashboard", "--storage", "sqlite:///runs.db", "--host", "no.such.host.invalid")
+    assert "--host: 'no.such.host.invalid'" in said
+
+
 def test_init_writes_a_configuration_that_is_read(
     here: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

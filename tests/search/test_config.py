@@ -164,3 +164,11 @@ def test_a_limit_must_be_written_as_one(text: str) -> None:
         read_limits(["latency_ms>=2", "latency_ms<=8"])
     with pytest.raises(InputError, match=r"latency_ms<=8"):
         read_limits([text])
+
+
+def test_a_limit_may_say_max_or_min_where_it_means_it() -> None:
+    limits = read_limits(["max_latency_ms<=8", "min_map >= 30"])
+    assert limits == {"problem.limits.latency_ms": ["<=", 8.0], "problem.limits.map": [">=", 30.0]}
+    for text in ("max_latency_ms>=8", "min_map<=30"):
+        with pytest.raises(InputError, match="contradicts itself"):
+            read_limits([text])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,6 +244,7 @@ def test_a_search_in_which_no_trial_keeps_the_limits_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["paredown", "search", "c.yaml"])  # pytest's own may name anything
     study = toy_study(tmp_path)
     for params, quality, ratio in (({"a": 0.0, "b": 0.0}, 60.0, 1.0), ({"a": 0.25, "b": 0.0}, 59.0, 0.8)):
         add(study, params, quality, ratio, excess=0.5)
