@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from evaluators.evaluation import Evaluation
 from search.judge import reference_of
 from search.knowledge import Finished, Positions, figures_of
 from search.loss_model import LossModel, fit_loss
-from search.trials import evaluation_of, rung_maps
+from search.trials import DUPLICATE_OF, counts, evaluation_of, rung_maps
 from spaces.table import Options
 
 FEW = 3
@@ -33,8 +33,9 @@ class Experience:
         stopped: positions `(S, P)` of the trials that were stopped at a rung.
         stopped_at: the same of each of them; the last rung is where it was stopped.
         pending: positions `(K, P)` of the trials that run now, or were interrupted and will go on.
-        taken: positions of all of these as bytes, so that nothing is proposed twice.
+        taken: positions of all trials as bytes, so that nothing is proposed twice.
         base: what was measured of it, if anything.
+        failed: positions `(F, P)` of the trials that failed by themselves.
     """
 
     finished: Finished
@@ -44,6 +45,7 @@ class Experience:
     pending: Options
     taken: frozenset[bytes]
     base: Evaluation | None = None
+    failed: Options = field(default_factory=lambda: np.zeros((0, 0), np.int64))
 
     def expected_maps(self, base_map: float) -> NDArray[np.float64]:
         """mAP `(S,)` that the stopped trials would have ended with.
@@ -115,6 +117,7 @@ class ExperienceReader:
         finished: list[_Read] = []
         stopped: list[_Read] = []
         pending: list[_Read] = []
+        failed: list[_Read] = []
         taken: set[bytes] = set()
         for trial in trials:
             read = self._read(trial)
@@ -123,6 +126,9 @@ class ExperienceReader:
             taken.add(read.options.tobytes())
             if not trial.state.is_finished():
                 pending.append(read)
+            elif trial.state == TrialState.FAIL:
+                if counts(trial) and DUPLICATE_OF not in trial.user_attrs:
+                    failed.append(read)
             elif trial.state == TrialState.PRUNED and read.rungs:
                 stopped.append(read)
             elif read.figures is not None:
@@ -136,6 +142,7 @@ class ExperienceReader:
             pending=self._stacked(pending),
             taken=frozenset(taken),
             base=next((read.base for read in finished if read.base is not None), None),
+            failed=self._stacked(failed),
         )
 
     def _stacked(self, read: list[_Read]) -> Options:
@@ -154,7 +161,7 @@ class ExperienceReader:
         return self._known[number]
 
     def _finished(self, trial: FrozenTrial) -> _Read | None:
-        if trial.state == TrialState.FAIL or set(trial.params) != self._names:
+        if set(trial.params) != self._names:
             return None
         options = self._table.options([trial.params])[0]
         figures = figures_of(trial)

@@ -18,6 +18,7 @@ from evaluators.evaluation import Evaluation
 from evaluators.latency_model import LatencyModel
 from evaluators.ranking import Problem, front
 from search.experience import Experience, ExperienceReader, believed_loss
+from search.failures import chances
 from search.improvement import Reached
 from search.judge import allowed_loss
 from search.knowledge import Finished
@@ -131,9 +132,19 @@ class FrontSampler(BaseSampler):
         parents = [k for k in parents if k in area] or parents
         shares = np.array([area.get(k, 1.0) for k in parents])
         reached = Reached(together[:, 0], together[:, 1], largest, min(UNTOLD, largest / 4))
+        usable = LossModel(believed.damage, np.where(self._broken(experience), np.inf, believed.loss))
         return _View(
-            measured, finished.options, believed, model, largest, reached, parents, shares / shares.sum()
+            measured, finished.options, usable, model, largest, reached, parents, shares / shares.sum()
         )
+
+    def _broken(self, experience: Experience) -> NDArray[np.bool_]:
+        """Options `(P, O)` that do not work in this proposal, drawn by what failed."""
+        if not len(experience.failed):
+            return np.zeros(self._damage.shape, bool)
+        worked = np.concatenate([experience.finished.options, experience.stopped])
+        chance = chances(worked, experience.failed, self._damage.shape[1])
+        broken: NDArray[np.bool_] = self._random.random(chance.shape) >= chance
+        return broken
 
     def _largest_loss(self, base: Evaluation | None) -> float:
         """AP points below the trained base that proposals may be expected to lose."""
