@@ -28,6 +28,8 @@ from spaces.recipe import Recipe
 RE_ASKS = 5
 """So many repeats in a row are answered from the study and not counted; the next one counts, so that a
 search whose space is used up comes to its end."""
+TRIES = 2
+"""A recipe that has failed so often is not trained again: the second time it may fare better."""
 
 
 @dataclass
@@ -109,6 +111,10 @@ class Asker:
 
     def copy(self, original: optuna.trial.FrozenTrial, candidate: Candidate, *, counted: bool) -> None:
         """Tell `candidate` what came of the same recipe before."""
+        if original.state == TrialState.FAIL:
+            candidate.writer.fail_like(original, uncounted=not counted)
+            self._driver.release(candidate.writer.id)
+            return
         if is_stopped(original):
             candidate.writer.stop_like(original, uncounted=not counted)
             self._driver.release(candidate.writer.id)
@@ -142,12 +148,19 @@ class Asker:
         return bool(self._study.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
     def _original(self, candidate: Candidate) -> optuna.trial.FrozenTrial | None:
+        """The trial that says what comes of a recipe; failures say it after `TRIES` of them."""
         text = candidate.recipe.to_json()
-        states = (TrialState.COMPLETE, TrialState.PRUNED) if self._parts.rungs else (TrialState.COMPLETE,)
+        states = {TrialState.COMPLETE, TrialState.FAIL}
+        if self._parts.rungs:
+            states.add(TrialState.PRUNED)
+        failed = []
         for trial in self._study.optuna.get_trials(deepcopy=False, states=states):
-            if trial.user_attrs.get(RECIPE) == text and DUPLICATE_OF not in trial.user_attrs:
+            if trial.user_attrs.get(RECIPE) != text or DUPLICATE_OF in trial.user_attrs:
+                continue
+            if trial.state != TrialState.FAIL:
                 return trial
-        return None
+            failed.append(trial)
+        return failed[-1] if len(failed) >= TRIES else None
 
     def _claim(self) -> Candidate:
         study = self._study.optuna

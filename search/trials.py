@@ -191,6 +191,14 @@ class TrialWriter:
             self._system(_UNCOUNTED, "repeat")
         self._tell(TrialState.PRUNED)
 
+    def fail_like(self, original: FrozenTrial, *, uncounted: bool) -> None:
+        """Tell FAIL with the stage and the reason of a trial of the same recipe that failed."""
+        self._user(DUPLICATE_OF, original.number)
+        if uncounted:
+            self._system(_UNCOUNTED, "repeat")
+        said = original.user_attrs
+        self.fail(str(said.get(STAGE, "unknown")), str(said.get(REASON, "no reason given")))
+
     def complete(
         self,
         values: Sequence[float],

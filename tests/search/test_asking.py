@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
 
 from search.asking import Asker
 from search.owners import driver_of
+from search.trials import counts
 from tests.search.toy_problem import toy_parts, toy_study
 
 
@@ -30,3 +32,23 @@ def test_the_sampler_is_made_after_the_base(tmp_path: Path) -> None:
         assert len(made) == 1
         asker.ask(set())
         assert len(made) == 1
+
+
+def test_a_recipe_is_trained_again_after_one_failure_and_not_after_two(tmp_path: Path) -> None:
+    study = toy_study(tmp_path)
+    with driver_of(study.optuna) as driver:
+        asker = Asker(study, toy_parts(), driver)
+        for _ in range(3):
+            study.optuna.enqueue_trial({"a": 0.5, "b": 0.5})
+        for number in range(2):
+            candidate, _ = asker.ask(set())
+            assert candidate is not None
+            assert candidate.number == number
+            candidate.writer.fail("export", "no such operator")
+        other, answered = asker.ask(set())
+    assert answered == [(2, 1)]
+    assert other is not None
+    repeat = study.optuna.get_trials()[2]
+    assert repeat.state == TrialState.FAIL
+    assert (repeat.user_attrs["stage"], repeat.user_attrs["reason"]) == ("export", "no such operator")
+    assert not counts(repeat)
