@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from evaluators.evaluation import Evaluation
 from evaluators.jobs import Job, StageReport
 from search.asking import Asker, Candidate
+from search.failures import IN_A_ROW, Streak
 from search.judge import latency_scale
 from search.owners import Driver, recover_orphans
 from search.parts import SearchParts
@@ -42,6 +43,16 @@ class BaseFailedError(RuntimeError):
         super().__init__(f"the base model failed in stage {stage}: {reason}{shown}")
 
 
+class RepeatedFailureError(RuntimeError):
+    """One trial after another fails in the same way, so what is wrong is not the candidates."""
+
+    def __init__(self, times: int, stage: str, reason: str) -> None:
+        super().__init__(
+            f"stopped: {times} trials in a row failed in stage {stage}: {reason}. Finished trials are kept, "
+            "and the same command goes on once that is mended"
+        )
+
+
 @dataclass
 class _Running:
     job: Job
@@ -64,6 +75,7 @@ class StudySource:
         self._asker = Asker(study, parts, driver)
         self._preparation = Preparation(study, parts.planner, driver)
         self._running: dict[str, _Running] = {}
+        self._streak = Streak()
         rungs = {} if parts.rungs is None else {"rungs": list(parts.rungs.epochs)}
         self._payload = {**(parts.payload or {}), **rungs}
         self._latency_scale = latency_scale(study)
@@ -168,6 +180,7 @@ class StudySource:
     def stopped(self, job: Job) -> None:
         candidate = self._end(job).candidate
         assert candidate is not None
+        self._streak.end()
         candidate.writer.stop()
         stored = self._study.optuna._storage.get_trial(candidate.writer.id)
         self._told(candidate, lambda: f"stopped early, {stored.user_attrs.get(REASON, '')}")
@@ -241,6 +254,7 @@ class StudySource:
             if not math.isfinite(value):
                 self._fail(candidate, "score", f"{name} is {value}", evaluation=evaluation)
                 return
+        self._streak.end()
         candidate.writer.complete(values, evaluation, constraints)
         point = self._point(candidate.number, values)
         self._told(candidate, lambda: describe(point, self._progress.base))
@@ -258,6 +272,10 @@ class StudySource:
         self._told(candidate, lambda: f"failed in stage {stage}: {reason}", failed=True)
         if candidate.recipe.is_identity:
             raise BaseFailedError(stage, reason, traceback)
+        self._streak.add(stage, reason)
+        # What runs beside it began before most of these, and may yet succeed where failing is quick.
+        if self._streak.length >= max(IN_A_ROW, len(self._running)):
+            raise RepeatedFailureError(self._streak.length, stage, reason)
 
     def _told(self, candidate: Candidate, what: Callable[[], str], failed: bool = False) -> None:
         self._driver.release(candidate.writer.id)

@@ -99,7 +99,7 @@ def search(
     from search.loop import run_search
     from search.progress import Progress, duration
     from search.reference import renew_reference
-    from search.source import BaseFailedError
+    from search.source import BaseFailedError, RepeatedFailureError
     from search.strategy import sampler_named
     from search.warm_start import take_over
     from search.workers import Pool, WorkersUnusableError
@@ -148,7 +148,7 @@ def search(
             ),
             progress=Progress(total, workers=settings.search.workers),
         )
-    except (BaseFailedError, WorkersUnusableError) as error:
+    except (BaseFailedError, RepeatedFailureError, WorkersUnusableError) as error:
         print(f"paredown: {error}", file=sys.stderr)
         return 1
     if outcome.stopped:
