@@ -26,7 +26,8 @@ def seed_recipes(
     lie behind it because the models of damage and latency were wrong about it. Likewise the fastest of them
     with a polynomial in all stages, where that gains anything. Of the solutions, the mildest is allowed what
     bfloat16 in all layers does, where the target has it: that is free in practice. The strongest has an
-    eighth of the largest damage, beyond which nothing is left.
+    eighth of the largest damage, beyond which nothing is left. Where nothing costs anything, the fastest is
+    the only one. Options of unknown damage are in no solution.
 
     Args:
         table: of the space.
@@ -42,11 +43,12 @@ def seed_recipes(
         fastest = smooth[int(ratios.argmin())]
         if ratios.min() < model.predict(own_functions(table, fastest)[None])[0]:
             uniform.append(fastest)
-    path = damage_path(damage, model, starts)
+    path = [point for point in damage_path(damage, model, starts) if np.isfinite(point.damage)]
     if not path:
         return uniform
-    low = max(path[0].damage, _bfloat16_damage(table, damage), 1e-3 * path[-1].damage)
-    wanted = low * np.geomspace(1.0, max(path[-1].damage / low / 8, 2.0), count)
+    strongest = path[-1].damage
+    low = max(path[0].damage, _bfloat16_damage(table, damage), 1e-3 * strongest)
+    wanted = low * np.geomspace(1.0, max(strongest / low / 8, 2.0), count) if low > 0 else np.zeros(1)
     solved = [point.options for point in at_damages(path, wanted)]
     return uniform + [row for row in solved if not any(np.array_equal(row, one) for one in uniform)]
 
@@ -58,11 +60,12 @@ def narrowest(table: SpaceTable, options: NDArray[np.int64]) -> float:
 
 
 def _bfloat16_damage(table: SpaceTable, damage: NDArray[np.float64]) -> float:
-    """Damage of bfloat16 in all layers; 0 where the space does not offer it."""
+    """Damage of bfloat16 in all layers of which it is known; 0 where the space does not offer it."""
     total = 0.0
     for p, parameter in enumerate(table.space.parameters.values()):
         if parameter.kind == "quantize" and BFLOAT16_BITS in parameter.values:
-            total += float(damage[p, parameter.values.index(BFLOAT16_BITS)])
+            one = float(damage[p, parameter.values.index(BFLOAT16_BITS)])
+            total += one if np.isfinite(one) else 0.0
     return total
 
 

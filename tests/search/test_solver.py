@@ -170,3 +170,29 @@ def test_polynomials_in_all_stages_are_a_seed_where_they_gain(polynomial: float,
 
 def test_nothing_is_smooth_where_no_stage_offers_it() -> None:
     assert smooth_starts(toy_table()) == []
+
+
+def test_where_nothing_costs_anything_the_fastest_is_the_seed() -> None:
+    table = toy_table()
+    free = np.where(np.isfinite(random_damage(table, 0)), 0.0, np.inf)
+    seeds = seed_recipes(table, free, toy_model(table))
+    uniform = [row.tolist() for row in uniform_starts(table)[1:]]
+    solved = [row for row in (row.tolist() for row in seeds) if row not in uniform]
+    fastest = damage_path(free, toy_model(table), uniform_starts(table))[-1].options.tolist()
+    assert fastest in solved + uniform
+    assert len(solved) <= 1
+
+
+@pytest.mark.parametrize("unknown", [slice(1, None), slice(1, 2)])
+def test_one_unknown_option_leaves_seeds_from_mild_to_strong(unknown: slice) -> None:
+    """All widths of a layer, or bfloat16 alone, could not be measured."""
+    table = toy_table()
+    damage = random_damage(table, 0)
+    layer = table.names.index("bits wide")
+    damage[layer, unknown] = np.inf
+    seeds = seed_recipes(table, damage, toy_model(table))
+    solved = seeds[len(uniform_starts(table)) - 1 :]
+    costs = [damage[np.arange(len(table.names)), row].sum() for row in solved]
+    assert len(costs) >= 2
+    assert np.isfinite(costs).all()
+    assert costs == sorted(set(costs))
