@@ -123,15 +123,16 @@ def drawn_together(
         predicted: of the same.
 
     Returns:
-        NaN where either is further than `NEAR` below the base, and everywhere with fewer than `FEW` others.
+        NaN where either, shifted, is further than `NEAR` below the base, and everywhere with fewer than `FEW`
+        others.
     """
+    mild = measured >= -MILD
+    if mild.any():
+        predicted = predicted + np.median((measured - predicted)[mild])
     near = np.minimum(measured, predicted) >= -NEAR
     likely = np.full(len(measured), np.nan)
     if near.sum() < FEW:
         return likely
-    mild = near & (measured >= -MILD)
-    if mild.any():
-        predicted = predicted + np.median((measured - predicted)[mild])
     scale = SCALE + np.abs(predicted)
     # The median of squares is .455 times their mean for normal errors, and deaf to the few that are far off.
     spread = float(np.median(((measured - predicted) / scale)[near] ** 2)) / 0.455

@@ -54,6 +54,17 @@ def test_far_ones_and_few_ones_are_left_alone() -> None:
     assert np.isnan(drawn_together(measured[:-1], errors[:-1], predicted[:-1])).all()
 
 
+@pytest.mark.parametrize("gain", [0.0, 3.0, 6.5, 20.0])
+def test_what_the_base_gains_from_training_is_no_distance(gain: float) -> None:
+    """Predictions count from the trained base; all of them are too low by what it gained."""
+    random = np.random.default_rng(0)
+    measured = random.uniform(-2.5, 0.5, 20)
+    predicted = measured + random.normal(0.0, 0.3, 20)
+    likely = drawn_together(measured, np.full(20, 0.7), predicted - gain)
+    np.testing.assert_allclose(likely, drawn_together(measured, np.full(20, 0.7), predicted))
+    assert np.isfinite(likely).all()
+
+
 class Lucky:
     """Random recipes of the made-up detector, a quarter of its losses, whose measured mAP is off by luck."""
 
