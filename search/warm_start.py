@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -82,7 +83,7 @@ def take_over(study: SearchStudy, source: SearchStudy, table: SpaceTable) -> str
         {
             "study": source.name,
             "weights": _weights(source, known),
-            "damage": known.to_json(),
+            "damage": _as_measured(source, known).to_json(),
             "seeds": front,
         },
     )
@@ -135,13 +136,26 @@ def _same_probes(study: SearchStudy, source: SearchStudy) -> int:
 
 def _weights(source: SearchStudy, known: Sensitivity) -> dict[str, float]:
     """AP points for one unit of measured damage by parameter, as the trials of `source` say."""
-    before: dict[str, float] = (source.optuna.user_attrs.get(WARM) or {}).get("weights", {})
+    before = _weights_before(source)
     experience = ExperienceReader(known).read(source.optuna.get_trials(deepcopy=False))
     if not experience.finished.options.any():
         return before
     weights = believed_loss(known, known.damage, experience)[0].weights
     pairs = zip(known.names, weights, strict=True)
     return {name: float(f"{weight * before.get(name, 1.0):.5g}") for name, weight in pairs}
+
+
+def _weights_before(source: SearchStudy) -> dict[str, float]:
+    """Those that `source` itself began with: its stored damage counts by them already."""
+    before: dict[str, float] = (source.optuna.user_attrs.get(WARM) or {}).get("weights", {})
+    return before
+
+
+def _as_measured(source: SearchStudy, known: Sensitivity) -> Sensitivity:
+    """The damage of `source` in the units that it was measured in."""
+    before = _weights_before(source)
+    weights = np.array([before.get(name) or 1.0 for name in known.names])
+    return replace(known, damage=known.damage / weights[:, None])
 
 
 def _front(source: SearchStudy, space: SearchSpace) -> list[dict[str, Any]]:

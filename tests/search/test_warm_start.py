@@ -142,6 +142,24 @@ def test_their_damage_stands_in_for_what_could_not_be_measured(
     np.testing.assert_allclose(found, problem.damage * factors[:, None], rtol=1e-4)
 
 
+def test_what_stands_in_is_weighted_once_however_long_the_chain(
+    tmp_path: Path, problem: MadeUp, source: SearchStudy
+) -> None:
+    """The second study began with the first, measured damage of its own, and has no trials yet."""
+    second, third = (new_study(tmp_path, name, **{"data fit": name}) for name in ("second", "third"))
+    take_over(second, source, problem.table)
+    for job in sensitivity_jobs(problem.table.space, CHUNKS):
+        second.optuna.set_user_attr(f"job/{job.name}", {"result": damage_result(problem, job)})
+    damage = measured_damage(problem.table, second)
+    assert damage is not None
+    store_sensitivity(second, sensitivity_of(problem.table, damage))
+    take_over(third, second, problem.table)
+    third.optuna.set_user_attr("job/sensitivity 1/1", {"result": {"damage": {}}})
+    found = measured_damage(problem.table, third)
+    assert found is not None
+    np.testing.assert_allclose(found, damage, rtol=1e-4)
+
+
 def test_it_is_done_once_and_never_to_a_study_under_way(
     tmp_path: Path, problem: MadeUp, source: SearchStudy
 ) -> None:
