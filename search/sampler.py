@@ -41,6 +41,9 @@ LARGEST_LOSS = 6.0
 UNTOLD = 0.25
 """AP points that count as no loss: a hundred images cannot show so little. Else, where nothing is quite as
 good as the base, proposals crowd between it and what is nearly as good."""
+SMALLEST_LOSS = 2 * UNTOLD
+"""AP points that are looked at whatever the limits are: who allows no loss wants what may turn out to lose
+none, and no prediction is that sure."""
 
 
 class FrontSampler(BaseSampler):
@@ -149,7 +152,7 @@ class FrontSampler(BaseSampler):
     def _largest_loss(self, base: Evaluation | None) -> float:
         """AP points below the trained base that proposals may be expected to lose."""
         allowed = self._problem.allowed_loss(math.inf) if base is None else allowed_loss(self._problem, base)
-        return max(allowed, 0.0) if math.isfinite(allowed) else LARGEST_LOSS
+        return max(allowed, SMALLEST_LOSS) if math.isfinite(allowed) else LARGEST_LOSS
 
     def _drawn(self, view: _View) -> LossModel:
         """What losses may be as well: each parameter's perturbed."""

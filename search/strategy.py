@@ -24,6 +24,8 @@ from spaces.recipe import Recipe
 from spaces.table import SpaceTable
 
 PROBES = 16
+DRAWS = 16
+"""Random recipes for each probe that is wanted, at most: a small space may have fewer than that."""
 
 SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=False),
@@ -107,9 +109,10 @@ class Preparations:
             return []
         stored = self._study.job_results()
         jobs = sensitivity_jobs(self._table.space, CHUNKS)
+        probes = probe_recipes(self._table, PROBES, self._seed)
         jobs += [
-            Job(kind="probe", name=f"{PROBE} {k + 1}/{PROBES}", recipe=recipe)
-            for k, recipe in enumerate(probe_recipes(self._table, PROBES, self._seed))
+            Job(kind="probe", name=f"{PROBE} {k + 1}/{len(probes)}", recipe=recipe)
+            for k, recipe in enumerate(probes)
         ]
         return [job for job in jobs if job.name not in stored]
 
@@ -120,7 +123,8 @@ def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
     mixtures.
 
     Half of the random ones keep to one bit-width, the others mix two: the widths are drawn per parameter
-    with a share of its own, and so is how far every other kind of choice goes.
+    with a share of its own, and so is how far every other kind of choice goes. No recipe comes twice; a space
+    that is used up gives fewer than `count`.
     """
     random = np.random.default_rng(seed)
     bits = np.array([name.startswith("bits ") for name in table.names])
@@ -134,15 +138,19 @@ def probe_recipes(table: SpaceTable, count: int, seed: int) -> list[Recipe]:
         fast = (halves or starts[:1])[-1]  # where the share of what suppression takes is largest
         last = np.array([kind == PreNmsTopK.kind for kind in every])
         rows.append(np.where(last, table.sizes - 1, fast))
-    while len(rows) < count:
+    every_row = {row.tobytes(): row for row in rows}
+    for draw in range(len(every_row), DRAWS * count):
+        if len(every_row) >= count:
+            break
         strength = np.array([random.random() for _ in range(int(kinds.max(initial=0)) + 1)])[kinds]
         pruned = random.binomial(np.maximum(table.sizes - 1, 0), strength)
         most = int(table.sizes[bits].max(initial=1))
         first, second = random.integers(most), random.integers(most)
-        share = random.random() if len(rows) % 2 else 1.0
+        share = random.random() if draw % 2 else 1.0
         chosen = np.where(random.random(len(bits)) < share, first, second)
-        rows.append(np.where(bits, np.minimum(chosen, table.sizes - 1), pruned))
-    return [table.space.recipe(table.params(row)) for row in rows[:count]]
+        row = np.where(bits, np.minimum(chosen, table.sizes - 1), pruned)
+        every_row.setdefault(row.tobytes(), row)
+    return [table.space.recipe(table.params(row)) for row in list(every_row.values())[:count]]
 
 
 def sampler_named(name: str) -> Callable[[int], BaseSampler]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,14 +16,14 @@ from evaluators.latency_model import fit_latency
 from evaluators.ranking import Problem, hypervolume
 from search.experience import Experience, ExperienceReader, believed_loss
 from search.knowledge import Finished, LatencyLearner, finished_trials
-from search.sampler import FrontSampler
+from search.sampler import SMALLEST_LOSS, FrontSampler
 from search.seeds import uniform_starts
 from search.strategy import probe_recipes, sampler_named
 from search.trials import TrialWriter
 from spaces.errors import InputError
 from spaces.recipe import Recipe, TopK
 from spaces.sites import find_sites
-from spaces.space import CPU, build_space
+from spaces.space import CPU, SearchSpace, build_space
 from spaces.table import SpaceTable
 from tests.search.test_solver import random_damage, toy_model
 from tests.search.toy_space import toy_table
@@ -109,6 +109,17 @@ def test_a_least_map_bounds_proposals_as_a_largest_loss_does() -> None:
     assert by_map != unbound
 
 
+@pytest.mark.parametrize("limits", [{"max_map_drop": 0.0}, {"min_map": 60.0}, {"min_map": 61.0}])
+def test_a_limit_that_allows_no_loss_does_not_blind_it(limits: Mapping[str, float]) -> None:
+    """A stage that is free to halve is found, and half an AP point is looked at."""
+    problem = MadeUp()
+    problem.damage = problem.damage * 0.01  # the largest recipe loses 1.6 AP, many lose less than a half
+    study = problem.run(problem.sampler(0, limits), 12)
+    same = problem.run(problem.sampler(0, {"max_map_drop": SMALLEST_LOSS}), 12)
+    assert [t.params for t in study.get_trials()] == [t.params for t in same.get_trials()]
+    assert min(t.values[1] for t in study.get_trials()[2:]) < 0.7 * 20.0
+
+
 def test_same_seed_same_proposals_and_no_repeats() -> None:
     problem = MadeUp()
     studies = [problem.run(problem.sampler(3), 10) for _ in range(2)]
@@ -147,6 +158,23 @@ def test_probes_are_deterministic_recipes_of_the_space() -> None:
     assert recipes == probe_recipes(table, 12, seed=4)
     assert all(table.space.contains(recipe) for recipe in recipes)
     assert len({recipe.key for recipe in recipes}) > 8
+
+
+@pytest.mark.parametrize(
+    ("names", "count"),
+    [
+        (("sparsity right", "sparsity wide"), 12),
+        (("sparsity wide",), 4),
+        (("bits stem", "bits wide"), 9),
+        (("sparsity right", "sparsity wide", "bits wide"), 16),
+    ],
+)
+def test_no_probe_comes_twice_and_a_small_space_is_used_up(names: Sequence[str], count: int) -> None:
+    whole = toy_table().space
+    parameters = [whole.parameters[name] for name in names]
+    space = SearchSpace(whole.detector, whole.sites, parameters, capabilities=whole.capabilities)
+    recipes = probe_recipes(SpaceTable(space), 16, seed=0)
+    assert len(recipes) == len({recipe.key for recipe in recipes}) == count
 
 
 def test_two_probes_differ_only_in_the_boxes_that_go_into_suppression() -> None:
