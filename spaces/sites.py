@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spaces.activations import ActivationSite, activation_sites
 from spaces.best_boxes import SuppressionSite, suppression_site
 from spaces.blocks import BlockSite, blocks_of
+from spaces.cuts import as_many_as_hold, that_hold
 from spaces.detectors.base import Detector
 from spaces.gates import gate_sites
 from spaces.inputs import InputSite, Size, input_site
@@ -21,10 +22,7 @@ from spaces.layers import LayerFacts, learning, trace_layers
 from spaces.norms import NORMS, in_whole_groups
 from spaces.proposals import ProposalSite, proposal_sites
 from spaces.residual import residual_sites
-from spaces.slicing import channels_left, slice_layers
 from spaces.tracing import dependency_graph
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def find_sites(
     facts = trace_layers(network, detector.preprocess.size)
     facts = _replaceable(network, facts, detector.preprocess.size)
     channel = {site.name: site for site in _channel_sites(detector, network, facts)}
-    channel = _that_hold(network, channel, detector.preprocess.size)
+    channel = that_hold(network, channel, detector.preprocess.size)
     layer = {site.name: site for site in _layer_sites(facts, siblings=False)}
     if max_sites is not None and len(channel) + len(layer) > max_sites:
         layer = {site.name: site for site in _layer_sites(facts, siblings=True)}
@@ -142,35 +140,6 @@ def find_sites(
         suppression_site(detector, network, topk) if topk else None,
         gate_sites(blocks),
     )
-
-
-def _that_hold(
-    network: nn.Module, sites: Mapping[str, ChannelSite], size: tuple[int, int]
-) -> dict[str, ChannelSite]:
-    """The sites without which the network still runs, half of their channels taken away.
-
-    What indexes channels by fixed numbers (splits, shuffles, slices) may be beyond the tracer. One pass tells
-    for all sites where it does not fail.
-    """
-    images = torch.zeros(1, 3, *size)
-    with torch.no_grad():
-        whole = [output.shape for output in copy.deepcopy(network).eval()(images)]
-
-    def holds(some: Mapping[str, ChannelSite]) -> bool:
-        generator = torch.Generator().manual_seed(0)
-        kept = {
-            name: torch.randperm(site.channels, generator=generator)[: (site.channels + 1) // 2].sort().values
-            for name, site in some.items()
-        }
-        halved = copy.deepcopy(network).eval()
-        try:  # parametrizations of weights may not take fewer
-            slice_layers(halved, channels_left(halved, some, kept))
-            with torch.no_grad():
-                return [output.shape for output in halved(images)] == whole
-        except Exception:  # whatever the user's code raises where channels are not as many as it is used to
-            return False
-
-    return _tried(sites, holds)
 
 
 def _replaceable(
@@ -190,7 +159,7 @@ def _replaceable(
             return False
         return True
 
-    free = _tried({name: layer for name, layer in facts.items() if layer.replaceable}, holds)
+    free = as_many_as_hold({name: layer for name, layer in facts.items() if layer.replaceable}, holds)
     return {name: replace(layer, replaceable=name in free) for name, layer in facts.items()}
 
 
@@ -204,21 +173,6 @@ class _InPlace(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         output: Tensor = self._layer[0](inputs)
         return output
-
-
-def _tried(parts: Mapping[str, T], holds: Callable[[Mapping[str, T]], bool]) -> dict[str, T]:
-    """As many parts as hold together: all at once, then in halves, down to single ones."""
-    good: dict[str, T] = {}
-    waiting = [list(parts)]
-    while waiting:
-        names = waiting.pop()
-        tried = good | {name: parts[name] for name in names}
-        if holds(tried):
-            good = tried
-        elif len(names) > 1:
-            middle = len(names) // 2
-            waiting += [names[middle:], names[:middle]]
-    return good
 
 
 def short_name(layer: str) -> str:

@@ -38,7 +38,7 @@ def channels_left(
             )
     left = {}
     for layer, gone in removed.items():
-        inputs, outputs = _widths(part_named(network, layer))
+        inputs, outputs = widths_of(part_named(network, layer))
         left[layer] = LayerChannels(_without(outputs, gone["out"]), _without(inputs, gone["in"]))
     return left
 
@@ -50,7 +50,7 @@ def part_named(network: nn.Module, name: str) -> nn.Module | nn.Parameter:
     return part
 
 
-def _widths(module: nn.Module | nn.Parameter) -> tuple[int, int]:
+def widths_of(module: nn.Module | nn.Parameter) -> tuple[int, int]:
     """Input and output channels; a norm has as many of either."""
     match module:
         case nn.Conv2d():

@@ -36,6 +36,17 @@ def dependency_graph(network: nn.Module, size: tuple[int, int], opaque: Iterable
     )
 
 
+MAPPED = {
+    tp.ops.OPTYPE.CONCAT: index_mapping.update_concat_index_mapping,
+    tp.ops.OPTYPE.SPLIT: index_mapping.update_split_index_mapping,
+    tp.ops.OPTYPE.RESHAPE: index_mapping.update_reshape_index_mapping,
+    tp.ops.OPTYPE.UNBIND: index_mapping.update_unbind_index_mapping,
+    tp.ops.OPTYPE.EXPAND: index_mapping.update_expand_index_mapping,
+    tp.ops.OPTYPE.SLICE: index_mapping.update_slice_index_mapping,
+}
+"""How torch-pruning finds which channels of an operation belong to which of its inputs."""
+
+
 class _Lost(Exception):
     """Channels were followed beyond what a network can have."""
 
@@ -48,10 +59,10 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     """
 
     def build_dependency(self, *arguments: Any, **options: Any) -> Any:
-        self._misread: set[Any] = set()  # views whose channels torch-pruning cannot tell
+        self._misread: set[Any] = set()  # operations whose channels torch-pruning cannot tell
         try:
             super().build_dependency(*arguments, **options)
-        except ZeroDivisionError:
+        except (ZeroDivisionError, IndexError):
             self._set_misread_aside()
         dependencies = [one for node in self.module2node.values() for one in node.dependencies]
         widest = max((max(p.shape[:2]) for p in self.model.parameters() if p.dim() > 1), default=1)
@@ -62,15 +73,20 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
         return self
 
     def _set_misread_aside(self) -> None:
-        """Have views that torch-pruning divides by 0 for, as of shuffled channels, end what passes them."""
-        for node in self.module2node.values():
-            if node.type == tp.ops.OPTYPE.RESHAPE:
-                try:
-                    index_mapping.update_reshape_index_mapping(self, node)
-                except ZeroDivisionError:
-                    node.type = tp.ops.OPTYPE.ELEMENTWISE
-                    self._misread.add(node)
-        index_mapping.update_index_mapping(self)
+        """Have operations that torch-pruning fails on end what passes them.
+
+        It divides by 0 for views as of shuffled channels, and looks for more parts of a split by a list of
+        sizes than there are where one of them is read twice. What it made of other operations may have
+        depended on these: they are looked at once more.
+        """
+        for node in (*self.module2node.values(),) * 2:
+            if node.type not in MAPPED:
+                continue
+            try:
+                MAPPED[node.type](self, node)
+            except (ZeroDivisionError, IndexError):
+                node.type = tp.ops.OPTYPE.ELEMENTWISE
+                self._misread.add(node)
 
     def get_all_groups(self, *arguments: Any, **options: Any) -> Any:
         groups = list(super().get_all_groups(*arguments, **options))
