@@ -22,9 +22,12 @@ from torch import Tensor, nn
 
 from spaces.apply import apply, same_state
 from spaces.best_boxes import best_decoded
+from spaces.capabilities import Capabilities
+from spaces.cuts import that_hold
 from spaces.detectors.base import Detector, Labels, Outputs
 from spaces.layers import is_layer, trace_layers
-from spaces.recipe import Prune, Recipe
+from spaces.methods.prune import Pruning
+from spaces.recipe import Recipe
 from spaces.sites import find_sites
 
 
@@ -188,10 +191,18 @@ class DetectorContract:
         for site in sites.channel.values():
             assert not any(m.side == "out" and m.layer in fixed for m in site.members)
 
+    def test_every_site_loses_channels_by_itself_and_nothing_else_changes(self, detector: Detector) -> None:
+        """Sites shrink unequally, and what is left computes what it did, so channels are paired rightly."""
+        network = lively_network(detector)
+        found = find_sites(detector, network).channel
+        wrong = sorted(found.keys() - that_hold(network, found, detector.preprocess.size, seed=1).keys())
+        assert not wrong, f"cannot lose channels by themselves: {', '.join(wrong)}"
+
     def test_a_pruned_network_serves_and_exports(self, detector: Detector) -> None:
         network, images = lively_network(detector), noise(detector, 1)
         sites = find_sites(detector, network)
-        choices = tuple(Prune(site=name, sparsity=0.5) for name in sites.channel)
+        offered = Pruning().options(sites, Capabilities(channel_granule=1)).values()
+        choices = tuple(some[1 + k % (len(some) - 1)] for k, some in enumerate(offered))  # all unequal
         whole = outputs_of(network, images)
         for chosen in (choices[:1], choices):
             recipe = Recipe(detector=detector.name, choices=chosen)
