@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from evaluators.accuracy import map_difference_interval
@@ -12,9 +13,10 @@ from evaluators.bench import Bench
 from evaluators.exported import CARD_FILE, ModelCard, model_in
 from evaluators.targets.base import Detections, Session
 from evaluators.together import time_together
+from search.chosen import chosen_numbers
 from search.files import whole_file
-from search.front import FINAL, chosen_numbers
-from search.retention import base_number
+from search.front import FINAL
+from search.judge import base_number
 from search.study import SearchStudy
 from spaces.errors import InputError
 
@@ -23,9 +25,9 @@ _SECONDS_AT_MOST = 60.0
 
 
 def is_measured(study: SearchStudy) -> bool:
-    """True where the front as it is now was measured again already."""
+    """True where the models of the front as it is now, those that are there, were measured again already."""
     models = study.optuna.user_attrs.get(FINAL, {}).get("models", {})
-    return {str(number) for number in chosen_numbers(study)} <= set(models)
+    return {str(number) for number in chosen_numbers(study) if _is_there(study, number)} <= set(models)
 
 
 def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], seed: int = 0) -> None:
@@ -36,37 +38,37 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
 
     Args:
         bench: of the study.
-        study: with a complete base; models whose files are gone are left out.
+        study: with a complete base; models whose files are gone, or go meanwhile, are left out.
         say: takes one line at a time.
         seed: of the bootstrap.
 
     Raises:
-        InputError: the study has no base yet.
+        InputError: the study has no base yet, or its model is gone.
     """
     base = base_number(study)
     if base is None:
         raise InputError("study", study.name, "has no base yet; let the search run until its first trial")
     wanted = sorted({base, *chosen_numbers(study)})
-    there = [n for n in wanted if model_in(study.trial_folder(n)).is_file()]
-    if base not in there:
-        raise InputError("base model", str(model_in(study.trial_folder(base))), "is gone")
+    there = [n for n in wanted if _is_there(study, n)]
     say(f"measuring the {len(there)} models of the front again, together")
     with bench.slot.computing():
-        sessions = {n: _session(bench, study, n) for n in there}
-        benches = {n: bench.at(_card(study, n).recipe) for n in there}
-        inputs = {str(n): benches[n].timing_inputs for n in there}
-        reference = _session(bench, study, base)
-    seconds = min(_SECONDS_A_MODEL * (len(there) + 1), _SECONDS_AT_MOST)
-    named = {str(n): session for n, session in sessions.items()}
-    paired = time_together(bench, named, reference, seconds, images_of=inputs)
+        loaded = {n: found for n in there if (found := _loaded(bench, study, n)) is not None}
+        benches = {n: bench.at(card.recipe) for n, (card, _) in loaded.items()}
+        inputs = {str(n): benches[n].timing_inputs for n in loaded}
+        again = _loaded(bench, study, base)
+    if again is None or base not in loaded:
+        raise InputError("base model", str(model_in(study.trial_folder(base))), "is gone")
+    seconds = min(_SECONDS_A_MODEL * (len(loaded) + 1), _SECONDS_AT_MOST)
+    named = {str(n): session for n, (_, session) in loaded.items()}
+    paired = time_together(bench, named, again[1], seconds, images_of=inputs)
     split = bench.split("report")
     say(f"scoring them on report ({len(split.images)} images of {split.origin})")
     figures: dict[int, dict[str, float]] = {}
     detections: dict[int, dict[int, Detections]] = {}
-    for n, session in sessions.items():
+    for n, (_, session) in loaded.items():
         figures[n], detections[n] = benches[n].scored(session, split)
     models: dict[str, dict[str, Any]] = {}
-    for n in there:
+    for n in loaded:
         difference = map_difference_interval(split, detections[n], detections[base], seed=seed)
         models[str(n)] = {
             "map": figures[n]["map"],
@@ -78,18 +80,28 @@ def measure_front(bench: Bench, study: SearchStudy, say: Callable[[str], None], 
             "base_ms": paired[str(n)].base_ms.p50,
             "stable": paired[str(n)].stable,
         }
-        _write_into_card(study, n, models[str(n)], str(split.source))
     date = time.strftime("%Y-%m-%dT%H:%M:%S")
     study.optuna.set_user_attr(FINAL, {"date": date, "split": str(split.source), "models": models})
+    for n in loaded:
+        with suppress(FileNotFoundError):  # gone since it was loaded
+            _write_into_card(study, n, models[str(n)], str(split.source))
 
 
-def _session(bench: Bench, study: SearchStudy, number: int) -> Session:
+def _is_there(study: SearchStudy, number: int) -> bool:
     model = model_in(study.trial_folder(number))
-    return bench.target.prepare(model, bench.config.threads, _card(study, number).runtime.hint)
+    return model.is_file() and model.with_name(CARD_FILE).is_file()
 
 
-def _card(study: SearchStudy, number: int) -> ModelCard:
-    return ModelCard.beside(model_in(study.trial_folder(number)))
+def _loaded(bench: Bench, study: SearchStudy, number: int) -> tuple[ModelCard, Session] | None:
+    """A model and its card; None where another driver's `retain` has just removed them."""
+    model = model_in(study.trial_folder(number))
+    try:
+        card = ModelCard.beside(model)
+        return card, bench.target.prepare(model, bench.config.threads, card.runtime.hint)
+    except InputError:
+        if _is_there(study, number):
+            raise
+        return None
 
 
 def _write_into_card(study: SearchStudy, number: int, figures: dict[str, Any], split: str) -> None:

@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from evaluators.evaluation import Evaluation
 from evaluators.ranking import LossesFrom, Problem, front
+from search.chosen import evaluations_of, front_within
 from search.expected_loss import expected_differences
 from search.heat_map import HeatMap
 from search.judge import (
-    as_stored,
-    base_evaluation,
+    base_number,
     gain_of_training_further,
-    judged,
     latency_scale,
     problem_of,
     reference_of,
 )
 from search.report import FrontRow, TrialPoint, rows_to_json
-from search.retention import base_number, front_numbers
 from search.study import SearchStudy
-from search.trials import counts, evaluation_of, is_candidate, is_stopped, recipe_of
+from search.trials import counts, is_stopped, recipe_of
 from spaces.errors import InputError
 
 FINAL = "front measured again"
@@ -80,7 +77,7 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
     number = base_number(study)
     if number is None:
         raise InputError("study", study.name, "has no base yet; let the search run until its first trial")
-    evaluations = _evaluations(trials)
+    evaluations = evaluations_of(trials)
     final: dict[str, Any] = study.optuna.user_attrs.get(FINAL, {})
     if role == "report" and not final:
         raise InputError("report", None, "nothing was measured on it yet; use paredown front --remeasure")
@@ -89,7 +86,7 @@ def front_of(study: SearchStudy, problem: Problem | None = None, role: Role = "s
     problem = problem_of(study) if problem is None else problem
     counted_from = "trained" if problem is None else problem.losses_from
     reference = reference_of(measured, counted_from)
-    chosen = _front_within(study, problem, evaluations, measured)
+    chosen = front_within(study, problem, evaluations, measured)
     rows = {
         n: _row(study, trials[n], evaluations[n], final, role, n == number, scale) for n in {*chosen, number}
     }
@@ -192,42 +189,6 @@ def _loss(front_: Front, row: FrontRow) -> float:
 
 def _best_first(row: FrontRow) -> tuple[float, float]:
     return -row.map, row.latency_ratio
-
-
-def chosen_numbers(study: SearchStudy) -> set[int]:
-    """The front within the limits that a study was last opened with; empty before its base is complete."""
-    base = base_evaluation(study)
-    if base is None:
-        return set()
-    evaluations = _evaluations(study.optuna.get_trials(deepcopy=False))
-    return _front_within(study, problem_of(study), evaluations, base)
-
-
-def _evaluations(trials: Sequence[FrozenTrial]) -> dict[int, Evaluation]:
-    """What was measured of the finished candidates, by their numbers."""
-    return {t.number: e for t in trials if is_candidate(t) and (e := evaluation_of(t)) is not None}
-
-
-def _front_within(
-    study: SearchStudy, problem: Problem | None, evaluations: dict[int, Evaluation], base: Evaluation
-) -> set[int]:
-    """The front of the trials that keep the limits of a problem, by the study's own objectives.
-
-    Without a problem the limits count that the trials were told with. A trial that lacks a metric keeps no
-    limit on it.
-    """
-    if problem is None:
-        return front_numbers(study)
-    stored = as_stored(problem, study)
-    kept = []
-    for number, evaluation in evaluations.items():
-        with suppress(ValueError):
-            if all(excess <= 0.0 for excess in judged(stored, evaluation, base)):
-                kept.append(number)
-    signs = [-1.0 if direction == "maximize" else 1.0 for direction in study.objectives.values()]
-    values = {t.number: t.values for t in study.optuna.get_trials(False, states=(TrialState.COMPLETE,))}
-    losses = [[s * v for s, v in zip(signs, values[n], strict=True)] for n in kept]
-    return {kept[i] for i in front(losses)}
 
 
 def _on_report(number: int, final: dict[str, Any]) -> bool:

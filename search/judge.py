@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from optuna.trial import TrialState
+
 from evaluators.evaluation import Evaluation
 from evaluators.ranking import TRAIN_STEP, LossesFrom, Problem
-from search.retention import base_number
 from search.study import CONFIG, SearchStudy
-from search.trials import evaluation_of
+from search.trials import evaluation_of, is_candidate, recipe_of
 
 TRAINED_FURTHER = "map_trained_further"
 NEW_REFERENCE = "new reference"
@@ -39,6 +40,15 @@ class ProblemJudge:
         if self._base is None:
             self._base = base_evaluation(self._study)
         return self._base
+
+
+def base_number(study: SearchStudy) -> int | None:
+    """The first complete trial whose recipe changes nothing."""
+    for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        recipe = recipe_of(trial)
+        if recipe is not None and recipe.is_identity and is_candidate(trial):
+            return trial.number
+    return None
 
 
 def base_evaluation(study: SearchStudy) -> Evaluation | None:

@@ -16,8 +16,7 @@ from evaluators.bench import Bench
 from evaluators.exported import model_in
 from evaluators.measuring import BASE_FOLDER, REFERENCE_FILE
 from search.front import FINAL
-from search.judge import NEW_REFERENCE
-from search.retention import base_number
+from search.judge import NEW_REFERENCE, base_number
 from search.study import FINGERPRINT, SearchStudy, target_differences
 from spaces.errors import InputError
 

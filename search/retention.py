@@ -14,9 +14,9 @@ from pathlib import Path
 from optuna.trial import FrozenTrial, TrialState
 
 from evaluators.jobs import TRIAL_PREFIX, folder_name
-from evaluators.ranking import front
+from search.chosen import chosen_numbers, front_numbers
+from search.judge import base_number
 from search.study import SearchStudy
-from search.trials import is_candidate, is_feasible, recipe_of
 from spaces.errors import InputError
 
 STATE_FILES = ("recipe.json", "*.safetensors")
@@ -40,24 +40,6 @@ class Kept:
     states: tuple[int, ...]
     over_limit: bool
     """The front alone is larger than the limit; nothing of it was removed."""
-
-
-def front_numbers(study: SearchStudy) -> set[int]:
-    """Numbers of the feasible trials that no other feasible one dominates; copies left out."""
-    signs = [-1.0 if direction == "maximize" else 1.0 for direction in study.objectives.values()]
-    complete = study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    trials = [trial for trial in complete if is_candidate(trial) and is_feasible(trial)]
-    losses = [[s * v for s, v in zip(signs, trial.values, strict=True)] for trial in trials]
-    return {trials[i].number for i in front(losses)}
-
-
-def base_number(study: SearchStudy) -> int | None:
-    """The first complete trial whose recipe changes nothing."""
-    for trial in study.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        recipe = recipe_of(trial)
-        if recipe is not None and recipe.is_identity and is_candidate(trial):
-            return trial.number
-    return None
 
 
 def trial_with_model(study: SearchStudy, number: int) -> FrozenTrial:
@@ -92,9 +74,10 @@ def retain(study: SearchStudy, keep_mb: float, keep: Collection[int] | None = No
     Args:
         study: its `trial_folder(number)` is where the files of a trial are.
         keep_mb: limit for the sum of all trial folders.
-        keep: trials that keep all files; default `front_numbers(study)`.
+        keep: trials that keep all files; default: the front by the limits that hold now, and by
+            those that the trials were told with, which may come back.
     """
-    needed = set(front_numbers(study) if keep is None else keep)
+    needed = front_numbers(study) | chosen_numbers(study) if keep is None else set(keep)
     base = base_number(study)
     if base is not None:
         needed.add(base)
@@ -143,8 +126,9 @@ def _strip(folder: str) -> int:
 
 def _bytes(path: str) -> int:
     """Of a file, or of all that is in a folder; 0 where there is nothing."""
-    if os.path.isfile(path):
-        return os.stat(path).st_size
-    return sum(
-        os.stat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(path) for name in names
-    )
+    inside = (os.path.join(parent, name) for parent, _, names in os.walk(path) for name in names)
+    total = 0
+    for file in [path] if os.path.isfile(path) else inside:
+        with suppress(FileNotFoundError):  # workers rename what they have written
+            total += os.stat(file).st_size
+    return total

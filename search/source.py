@@ -14,13 +14,13 @@ from pydantic import ValidationError
 from evaluators.evaluation import Evaluation
 from evaluators.jobs import Job, StageReport
 from search.asking import Asker, Candidate
+from search.chosen import chosen_numbers
 from search.failures import IN_A_ROW, Streak
-from search.judge import latency_scale
+from search.judge import base_number, latency_scale
 from search.owners import Driver, recover_orphans
 from search.parts import SearchParts
 from search.preparation import PREPARED, Preparation
 from search.progress import Point, Progress, describe
-from search.retention import base_number, front_numbers
 from search.rungs import at_rung
 from search.storage import read_once
 from search.study import SearchStudy
@@ -320,7 +320,7 @@ class StudySource:
         points = {t.number: self._point(t.number, t.values) for t in trials if t.state == TrialState.COMPLETE}
         first, direction = next(iter(self._study.objectives.items()))
         front = sorted(
-            (points[n] for n in front_numbers(self._study)),
+            (points[n] for n in chosen_numbers(self._study)),
             key=lambda point: point.values[first],
             reverse=direction == "maximize",
         )

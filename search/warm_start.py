@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from search.chosen import front_numbers
 from search.experience import ExperienceReader, believed_loss
 from search.knowledge import PROBE, WARM
 from search.preparation import PREPARED
-from search.retention import front_numbers
 from search.sensitivity import CHUNKS, JOB, Sensitivity, sensitivity_jobs, stored_sensitivity
 from search.study import SearchStudy, differences_of
 from search.trials import JOB_PREFIX, recipe_of

@@ -73,9 +73,8 @@ def peers(
     from evaluators.measuring import BASE_FOLDER, FURTHER_FOLDER
     from search.comparison import MAY_LOSE, TRIAL, compare, facts_of, write_picture, write_report
     from search.front import best_within, front_of, subtitle_of
-    from search.judge import base_evaluation, gain_of_training_further
+    from search.judge import base_evaluation, base_number, gain_of_training_further
     from search.peers.all_peers import peers_of
-    from search.retention import base_number
     from search.study import load_study
     from spaces.errors import InputError
 

@@ -52,7 +52,7 @@ def dashboard(
 def _show_front(study: SearchStudy) -> None:
     """Put the front on the study's page, once there is one."""
     from search.front import front_of, subtitle_of, write_pictures
-    from search.retention import base_number
+    from search.judge import base_number
     from search.study_page import show_on_page
 
     if base_number(study) is None:

@@ -279,8 +279,8 @@ def _models(
     from evaluators.exported import ModelCard, model_in
     from search.benchmarks.quietness import Model
     from search.benchmarks.recipes import exported
-    from search.front import chosen_numbers
-    from search.retention import base_number
+    from search.chosen import chosen_numbers
+    from search.judge import base_number
     from search.strategy import probe_recipes
     from search.study import load_study
     from spaces.table import SpaceTable

@@ -24,8 +24,8 @@ from optuna_dashboard import save_note
 from evaluators.datasets.digits import write_digits
 from search.benchmarks.made_up import MadeUpSearch
 from search.benchmarks.many_trials import fill
+from search.chosen import front_numbers
 from search.front import front_of
-from search.retention import front_numbers
 from search.study import SearchStudy
 from search.study_page import show_on_page
 from search.trials import is_feasible

@@ -1,5 +1,6 @@
 """The front of a study, put together from trials with known figures."""
 
+import io
 import json
 import math
 import sys
@@ -12,11 +13,15 @@ from optuna.trial import TrialState, create_trial
 
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.ranking import Problem
+from search.chosen import chosen_numbers
 from search.commands.finish import _stored_map
 from search.commands.search import _finale
-from search.front import FINAL, best_within, chosen_numbers, front_of, write_pictures
+from search.front import FINAL, best_within, front_of, write_pictures
 from search.judge import NEW_REFERENCE, ProblemJudge, allowed_loss, gain_of_training_further, reference_of
+from search.owners import driver_of
+from search.progress import Progress
 from search.report import front_caption, front_cells
+from search.source import StudySource
 from search.study import SearchStudy
 from search.trials import EVALUATION, RECIPE
 from spaces.errors import InputError
@@ -270,6 +275,14 @@ def test_the_limits_count_that_the_study_was_last_opened_with(tmp_path: Path) ->
     study.optuna.set_user_attr("config", {"problem": {"limits": {"map_drop": ["<=", 3.0]}}})
     assert [row.number for row in front_of(study).rows] == [0, 3, 2]
     assert chosen_numbers(study) == {0, 2, 3}
+    said = io.StringIO()
+    progress = Progress(10, said)
+    with driver_of(study.optuna) as driver:
+        StudySource(study, toy_parts(), driver, 10, progress)
+    for number in (1, 2):
+        progress.trial_line(number, "ended")
+    assert "trial 1: ended\n" in said.getvalue()
+    assert "trial 2: ended (on the front)\n" in said.getvalue()
 
 
 def test_limits_in_ms_are_those_of_the_newest_reference(study: SearchStudy) -> None:

@@ -21,8 +21,8 @@ from toy_problem import toy_parts, toy_study
 
 from evaluators.jobs import Job
 from search.asking import derived_seed
+from search.chosen import front_numbers
 from search.loop import run_search
-from search.retention import front_numbers
 from search.source import BaseFailedError, RepeatedFailureError
 from search.study import SearchStudy
 from search.trials import counts, recipe_of

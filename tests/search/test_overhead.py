@@ -17,7 +17,7 @@ from search.benchmarks.first_job import seconds_to_first_job
 from search.benchmarks.made_up import BASE_MAP, MadeUpSearch, evaluation_of, figures_of
 from search.benchmarks.simulation import ASK, PROGRESS, STAGES, TELL, Cost, Simulated, simulate
 from search.benchmarks.sleepers import SleepingWorker, Work, account, run_sleepers, share_at
-from search.retention import base_number
+from search.judge import base_number
 from search.trials import evaluation_of as stored_evaluation
 from search.trials import recipe_of
 from search.workers import Pool

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
+import pytest
 import toy_problem
 from optuna.trial import TrialState, create_trial
 
-from evaluators.evaluation import Evaluation
-from search.retention import base_number, front_numbers, retain
-from search.study import SearchStudy
+from evaluators.evaluation import Evaluation, Measurement
+from search.chosen import chosen_numbers, front_numbers
+from search.judge import base_number
+from search.retention import retain
+from search.study import CONFIG, SearchStudy
 from search.trials import EVALUATION, RECIPE
 
 MODEL, STATE = 3000, 1000  # bytes
@@ -22,13 +27,16 @@ def filled_study(tmp_path: Path) -> SearchStudy:
     for number in range(7):
         recipe = toy_problem.to_recipe({"a": number / 10})
         values = points.get(number)
+        figures = {"map": Measurement(value=values[0], unit="")} if values else {}
         study.optuna.add_trial(
             create_trial(
                 state=TrialState.COMPLETE if values else (TrialState.FAIL, TrialState.RUNNING)[number - 5],
                 values=list(values) if values else None,
                 user_attrs={
                     RECIPE: recipe.to_json(),
-                    EVALUATION: Evaluation(recipe_key=recipe.key, status="ok").model_dump_json(),
+                    EVALUATION: Evaluation(
+                        recipe_key=recipe.key, status="ok", metrics=figures
+                    ).model_dump_json(),
                 },
                 system_attrs={"constraints": [60.0 - values[0]]} if values else {},
             )
@@ -90,3 +98,32 @@ def test_what_is_no_trials_does_not_count(tmp_path: Path) -> None:
     (study.artifacts / "peers" / "model.onnx").write_bytes(b"p" * 30000)
     kept = retain(study, keep_mb=0.03)
     assert (kept.states, kept.over_limit) == ((2, 4), False)
+
+
+def test_a_file_that_a_worker_renames_meanwhile_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = filled_study(tmp_path)
+    draft, stat = study.trial_folder(6) / "model.json.tmp", os.stat
+    draft.write_bytes(b"d")
+
+    def renaming(path: Any, **options: Any) -> os.stat_result:
+        if path == str(draft) and draft.exists():
+            draft.rename(draft.with_name("model.json"))
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", renaming)
+    assert retain(study, keep_mb=1.0).models == (0, 1, 3)
+
+
+def test_models_within_the_limits_of_now_stay_beside_those_of_before(tmp_path: Path) -> None:
+    """Trial 4 was told that its loss is too large, and is on the front since the limit was loosened."""
+    study = filled_study(tmp_path)
+    study.optuna.set_user_attr(CONFIG, {"problem": {"limits": {"max_map_drop": 30.0}}})
+    assert chosen_numbers(study) == {0, 1, 3, 4}
+    retain(study, keep_mb=1.0)
+    assert files(study)[4] == ALL
+    study.optuna.set_user_attr(CONFIG, {"problem": {"limits": {"max_map_drop": 10.0}}})
+    assert chosen_numbers(study) == {0, 1}
+    retain(study, keep_mb=1.0)
+    assert files(study) == {0: ALL, 1: ALL, 2: KEPT, 3: ALL, 4: KEPT, 5: [], 6: ALL}

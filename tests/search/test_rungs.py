@@ -18,11 +18,11 @@ from toy_problem import STEPS, to_recipe, toy_parts, toy_study
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.jobs import Rung
 from evaluators.ranking import Problem
+from search.chosen import front_numbers
 from search.experience import ExperienceReader
 from search.judge import NEW_REFERENCE
 from search.loop import run_search
 from search.owners import driver_of
-from search.retention import front_numbers
 from search.rungs import HalvingRule, PredictedRatios, at_rung, order
 from search.study import SearchStudy
 from search.trials import DUPLICATE_OF, EVALUATION, RECIPE, TrialWriter, is_stopped, rung_figures

@@ -12,9 +12,9 @@ import pytest
 from evaluators.bench import Bench
 from evaluators.jobs import Job
 from evaluators.ranking import Problem
+from search.chosen import front_numbers
 from search.knowledge import WARM, measured_damage
 from search.preparation import PREPARED
-from search.retention import front_numbers
 from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, single_changes, store_sensitivity
 from search.strategy import Strategy
 from search.study import SearchStudy, open_study
