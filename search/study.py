@@ -218,21 +218,21 @@ def _refuse_differences(
 
 
 def _artifact_folder(study: optuna.Study, url: str, wanted: Path | None) -> Path:
-    """The folder of the model files: as asked for, as stored, or beside a database that was moved.
+    """The folder of the model files: as asked for, or as `_found_again`; of a new study one that is not used.
 
     What another study left there would be taken for this one's: its base, say, once the database is removed.
     """
-    default = _beside(url) / "artifacts" / study.study_name
     stored = _path_of(study.user_attrs.get(ARTIFACT_STORE))
     if wanted is not None:
         if stored is None and _used(wanted):
             raise InputError("artifacts", str(wanted), "holds models of another study; name another folder")
         folder = wanted
     elif stored is None:
+        default = _beside(url) / "artifacts" / study.study_name
         others = (default.with_name(f"{default.name}-{k}") for k in itertools.count(2))
         folder = next(place for place in itertools.chain([default], others) if not _used(place))
     else:
-        folder = stored if stored.is_dir() or not default.is_dir() else default
+        folder = _found_again(stored, url)
     folder = folder.absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -245,15 +245,43 @@ def _artifact_folder(study: optuna.Study, url: str, wanted: Path | None) -> Path
     return folder
 
 
+def _found_again(stored: Path, url: str) -> Path:
+    """Where the files of a study are now: as stored, or beside a database that was moved or copied.
+
+    A copied project has copies of the models. To go on in those of the original would remove some there.
+    """
+    here = _beside(url) / "artifacts" / stored.name
+    if not here.is_dir():
+        return stored
+    if not stored.is_dir():
+        return here
+    is_copy = _is_beside_another_database(stored, url) and (_used(here) or not _used(stored))
+    return here if is_copy else stored
+
+
+def _is_beside_another_database(stored: Path, url: str) -> bool:
+    """True where the database of `url` is a file, and another one lies where `stored` was made for it."""
+    database = _database_file(url)
+    if database is None or stored.parent.name != "artifacts":
+        return False
+    there = stored.parents[1]
+    return not there.samefile(database.parent) and (there / database.name).is_file()
+
+
 def _used(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
 def _beside(url: str) -> Path:
-    parsed = urlparse(url)
-    if parsed.scheme.split("+")[0] == "sqlite":
-        return Path(unquote(url.split("///", 1)[1].split("?")[0])).parent
-    return Path("runs")
+    database = _database_file(url)
+    return Path("runs") if database is None else database.parent
+
+
+def _database_file(url: str) -> Path | None:
+    """None where the database is a server's."""
+    if urlparse(url).scheme.split("+")[0] != "sqlite":
+        return None
+    return Path(unquote(url.split("///", 1)[1].split("?")[0]))
 
 
 def _path_of(uri: object) -> Path | None:

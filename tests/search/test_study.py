@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -109,6 +110,51 @@ def test_a_moved_project_finds_its_models_beside_the_database(tmp_path: Path) ->
     before.rename(tmp_path / "after")
     moved = open_study("s", FINGERPRINT, OBJECTIVES, url=f"sqlite:///{tmp_path}/after/paredown.db")
     assert moved.artifacts == tmp_path / "after" / "artifacts" / "s"
+
+
+def with_a_model(folder: Path, **options: Any) -> SearchStudy:
+    """A study in a database of that folder, and a file of its trial 0."""
+    study = open_study("s", FINGERPRINT, OBJECTIVES, url=f"sqlite:///{folder}/paredown.db", **options)
+    study.trial_folder(0).mkdir(parents=True)
+    return study
+
+
+def opened_in(folder: Path | str) -> Path:
+    return open_study("s", FINGERPRINT, OBJECTIVES, url=f"sqlite:///{folder}/paredown.db").artifacts
+
+
+def test_a_copied_project_works_in_its_own_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = with_a_model(tmp_path / "a")
+    for name in ("b", "c"):
+        shutil.copytree(tmp_path / "a", tmp_path / name)
+    assert opened_in(tmp_path / "b") == tmp_path / "b" / "artifacts" / "s"
+    assert load_study("s", url=f"sqlite:///{tmp_path}/b/paredown.db").artifacts.parents[1] == tmp_path / "b"
+    assert opened_in(tmp_path / "a") == original.artifacts
+    monkeypatch.chdir(tmp_path / "c")
+    assert opened_in(".") == tmp_path / "c" / "artifacts" / "s"
+    (tmp_path / "link").symlink_to(tmp_path / "c")
+    assert opened_in(tmp_path / "link") == tmp_path / "c" / "artifacts" / "s", "the same folder"
+
+
+def test_a_project_that_was_copied_before_it_had_models_keeps_its_own(tmp_path: Path) -> None:
+    opened_in(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert opened_in(tmp_path / "b") == tmp_path / "b" / "artifacts" / "s"
+
+
+def test_models_stay_where_a_database_was_moved_from_alone(tmp_path: Path) -> None:
+    """What lies beside it now is of a study that is gone."""
+    study = with_a_model(tmp_path / "a")
+    (tmp_path / "b" / "artifacts" / "s" / "old").mkdir(parents=True)
+    for file in (tmp_path / "a").glob("paredown.db*"):
+        file.rename(tmp_path / "b" / file.name)
+    assert opened_in(tmp_path / "b") == study.artifacts
+
+
+def test_a_folder_that_was_asked_for_is_no_copy(tmp_path: Path) -> None:
+    study = with_a_model(tmp_path / "a", artifacts=tmp_path / "models")
+    (tmp_path / "a" / "artifacts" / "models" / "old").mkdir(parents=True)
+    assert opened_in(tmp_path / "a") == study.artifacts
 
 
 @pytest.mark.parametrize(
