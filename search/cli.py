@@ -92,9 +92,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None or error.errno not in (*FULL, *UNUSABLE):
+        if error.errno in FULL:  # writing to an open file names none
+            place = "" if error.filename is None else f"{error.filename}: "
+            return _complain(f"{place}{error.strerror}", 1)
+        if error.filename is None or error.errno not in UNUSABLE:
             raise
-        return _complain(f"{error.filename}: {error.strerror}", 1 if error.errno in FULL else BAD_INPUT)
+        return _complain(f"{error.filename}: {error.strerror}", BAD_INPUT)
     except Exception as error:
         if type(error).__name__ == "StorageInternalError":  # optuna's; importing it would cost a second
             return _complain(f"the database does not answer: {_innermost(error)}", 1)

@@ -104,9 +104,17 @@ def test_a_place_that_cannot_be_used_is_one_line(
         monkeypatch.setattr("search.cli.app", fail(number))
         assert main(["front"]) == code
         assert capsys.readouterr().err == f"paredown: /a/place: {os.strerror(number)}\n"
+    monkeypatch.setattr("search.cli.app", write_much)
+    assert main(["front"]) == 1
+    assert capsys.readouterr().err == "paredown: No space left on device\n", "the error names no file"
     monkeypatch.setattr("search.cli.app", fail(errno.EBADF))
     with pytest.raises(OSError, match="Bad file"):
         main(["front"])
+
+
+def write_much(**_: object) -> None:
+    with Path("/dev/full").open("w") as file:
+        file.write("x" * 100)
 
 
 def test_a_database_that_does_not_answer_is_one_line(
