@@ -167,8 +167,8 @@ class Asker:
         trial = ask(study, self._parts.distributions)
         writer = TrialWriter(study, trial)
         recipe = self._parts.to_recipe(trial.params)
+        self._driver.hold(writer.id)  # first: signed and without a heartbeat it would look alive for ever
         writer.claim(self._driver.signature, recipe)
-        self._driver.hold(writer.id)
         return Candidate(writer, recipe)
 
     def _run_seed(self) -> int:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
+import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from search.asking import Asker
-from search.owners import driver_of
+from search.owners import Driver, driver_of, recover_orphans
 from search.trials import counts
 from tests.search.toy_problem import toy_parts, toy_study
 
@@ -52,3 +54,22 @@ def test_a_recipe_is_trained_again_after_one_failure_and_not_after_two(tmp_path:
     assert repeat.state == TrialState.FAIL
     assert (repeat.user_attrs["stage"], repeat.user_attrs["reason"]) == ("export", "no such operator")
     assert not counts(repeat)
+
+
+def test_a_trial_whose_driver_is_killed_on_the_way_to_its_heartbeat_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver is of another host, so that only time tells."""
+    study = toy_study(tmp_path)
+    with driver_of(study.optuna) as driver:
+        owner = driver.owner.model_copy(update={"host": "elsewhere", "driver": "other"})
+        study.optuna._storage.set_study_system_attr(
+            study.optuna._study_id, "paredown:driver/other", owner.model_dump()
+        )
+        asker = Asker(study, toy_parts(), Driver(study.optuna, owner))
+        asker.enqueue_base()
+        with patch.object(Driver, "hold", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            asker.ask_base()
+        assert recover_orphans(study.optuna, driver) == []
+        monkeypatch.setattr("search.owners.GRACE_SECONDS", 0)
+        assert recover_orphans(study.optuna, driver) == [(0, "start")]
