@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import optuna
@@ -89,10 +90,13 @@ class Strategy:
             model = latency_learner(self._table, self._study)(finished_trials(self._table, trials))
             seeds = [self._table.params(o) for o in seed_recipes(self._table, damage, model)]
         for params in seeds:
-            self._study.optuna.enqueue_trial(params, user_attrs={"origin": "seed"})
+            self._enqueue(params, "seed")
         for params in warm_seeds(self._study):
-            if params not in seeds:
-                self._study.optuna.enqueue_trial(params, user_attrs={"origin": "warm start"})
+            self._enqueue(params, "warm start")
+
+    def _enqueue(self, params: dict[str, Any], origin: str) -> None:
+        """Where a driver that was killed meanwhile has not enqueued them before, nor as another seed."""
+        self._study.optuna.enqueue_trial(params, user_attrs={"origin": origin}, skip_if_exists=True)
 
 
 class Preparations:

@@ -18,6 +18,7 @@ from search.preparation import PREPARED
 from search.sensitivity import CHUNKS, sensitivity_jobs, sensitivity_of, single_changes, store_sensitivity
 from search.strategy import Strategy
 from search.study import SearchStudy, open_study
+from search.trials import enqueued_params
 from search.warm_start import refuse_unfit, take_over, warm_seeds
 from spaces.errors import InputError
 from spaces.recipe import Recipe
@@ -127,6 +128,17 @@ def test_their_seeds_are_enqueued_without_any_of_our_own(
         warm_seeds(study)
     )
     assert warm_seeds(study)
+
+
+def test_a_driver_that_was_killed_while_it_enqueued_leaves_no_seed_twice(
+    tmp_path: Path, problem: MadeUp, source: SearchStudy
+) -> None:
+    study = new_study(tmp_path, "new")
+    take_over(study, source, problem.table)
+    study.optuna.enqueue_trial(warm_seeds(study)[0], user_attrs={"origin": "warm start"})
+    bench = cast(Bench, SimpleNamespace(space=problem.table.space, config=SimpleNamespace(seed=0)))
+    Strategy(bench, study, Problem(), "tpe", seeds=False).on_prepared(study)
+    assert [enqueued_params(trial) for trial in study.optuna.get_trials()] == warm_seeds(study)
 
 
 def test_their_damage_stands_in_for_what_could_not_be_measured(
