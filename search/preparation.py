@@ -7,6 +7,7 @@ from collections import deque
 from typing import Any
 
 from evaluators.jobs import Job
+from search.handover import replace_claim
 from search.owners import Driver, Owner
 from search.parts import Planner
 from search.study import SearchStudy
@@ -70,7 +71,7 @@ class Preparation:
     def give_back(self, job: Job) -> None:
         """The job was interrupted: anyone may take it."""
         self._live.discard(job.name)
-        self._write_claim(job.name, None)
+        self._replace_claim(job.name, None)
 
     def _end(self, job: Job) -> None:
         self._live.discard(job.name)
@@ -81,26 +82,28 @@ class Preparation:
 
     def claim(self, name: str) -> bool:
         """Take what is called so for this driver; False where another one that lives has it."""
-        if self._is_anothers(name):
-            return False
-        self._write_claim(name, {"owner": self._driver.signature, "at": time.time()})
-        return True
+        return self._replace_claim(name, {"owner": self._driver.signature, "at": time.time()})
 
     def _has_failed(self, name: str) -> bool:
         """True for a job that failed in this run: here, or in another driver that lives."""
         if name in self._failed:
             return True
-        said = self._study.optuna.user_attrs.get(JOB_PREFIX + name, {})
-        return "failure" in said and self._is_anothers(name)
-
-    def _is_anothers(self, name: str) -> bool:
         study = self._study.optuna
-        claim = study._storage.get_study_system_attrs(study._study_id).get(_CLAIM_PREFIX + name)
+        if "failure" not in study.user_attrs.get(JOB_PREFIX + name, {}):
+            return False
+        claims = study._storage.get_study_system_attrs(study._study_id)
+        return self._is_anothers(claims.get(_CLAIM_PREFIX + name))
+
+    def _is_anothers(self, claim: dict[str, Any] | None) -> bool:
+        """True for a claim that holds, and is not this driver's."""
         if not claim or claim["owner"] == self._driver.signature:
             return False
         alive = Owner.model_validate(claim["owner"]).is_alive()
         return alive or (alive is None and time.time() - claim["at"] < _CLAIM_SECONDS)
 
-    def _write_claim(self, name: str, claim: dict[str, Any] | None) -> None:
-        study = self._study.optuna
-        study._storage.set_study_system_attr(study._study_id, _CLAIM_PREFIX + name, claim)
+    def _replace_claim(self, name: str, claim: dict[str, Any] | None) -> bool:
+        """False where another driver that lives has a claim there."""
+        study, key = self._study.optuna, _CLAIM_PREFIX + name
+        return replace_claim(
+            study._storage, study._study_id, key, claim, lambda before: not self._is_anothers(before)
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from evaluators.jobs import Job
 from search.owners import driver_of
 from search.parts import SearchParts
+from search.preparation import Preparation
 from search.progress import Progress
 from search.source import StudySource
 from search.study import SearchStudy
@@ -43,6 +46,15 @@ class Two:
         self.called.append(name)
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def two(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Preparation, Preparation]]:
+    """Of two drivers of one study."""
+    url = request.getfixturevalue("postgres") if request.param == "postgres" else None
+    a, b = (toy_study(tmp_path, f"two-{tmp_path.name}", url) for _ in range(2))
+    with driver_of(a.optuna) as first, driver_of(b.optuna) as second:
+        yield Preparation(a, None, first), Preparation(b, None, second)
+
+
 @pytest.fixture
 def sources(tmp_path: Path) -> Iterator[tuple[Two, StudySource, StudySource]]:
     two = Two(tmp_path)
@@ -52,6 +64,35 @@ def sources(tmp_path: Path) -> Iterator[tuple[Two, StudySource, StudySource]]:
             for name, driver in (("A", a), ("B", b))
         )
         yield two, first, second
+
+
+def claims_of(preparation: Preparation, barrier: threading.Barrier, names: list[str]) -> list[str]:
+    """The names that it could claim, each at the same moment as others try to."""
+    claimed = []
+    for name in names:
+        barrier.wait()
+        if preparation.claim(name):
+            claimed.append(name)
+    return claimed
+
+
+def test_of_drivers_that_claim_a_job_at_once_one_has_it(two: tuple[Preparation, Preparation]) -> None:
+    names, barrier = [f"job {k}" for k in range(60)], threading.Barrier(2)
+    with ThreadPoolExecutor(2) as threads:
+        claimed = [threads.submit(claims_of, one, barrier, names) for one in two]
+        assert sorted([*claimed[0].result(), *claimed[1].result()]) == sorted(names)
+
+
+def test_a_job_that_is_given_back_is_anyones(two: tuple[Preparation, Preparation]) -> None:
+    first, second = two
+    job = Job(kind="p", name="job")
+    assert first.claim("job")
+    assert first.claim("job"), "it is its own"
+    assert not second.claim("job")
+    second.give_back(job)
+    assert not second.claim("job"), "what another one has is not its to give back"
+    first.give_back(job)
+    assert second.claim("job")
 
 
 def asked(source: StudySource) -> Job | None:
