@@ -31,7 +31,7 @@ from spaces.detectors.registry import make_detector
 from spaces.detectors.weights import load_weights, save_weights
 from spaces.documents import refused
 from spaces.errors import InputError
-from spaces.layers import learning
+from spaces.layers import frozen_parameters, learning
 
 
 class BaselineConfig(BaseModel):
@@ -147,7 +147,7 @@ def train_baseline(
     further = None
     if config.further is not None:
         say(f"training on for {config.further.epochs} epochs, to see what it gains")
-        onward = learning(deepcopy(average))
+        onward = learning(deepcopy(average), frozen_parameters(network))
         beyond = train(detector, onward, images["fit"], config.further, loaders=loaders)
         maps = {role: _rounded(figures(role, beyond.network))["map"] for role in scores}
         further = {role: {"map": maps[role], "map_before": scores[role]["map"]} for role in scores}

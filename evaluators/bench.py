@@ -36,6 +36,7 @@ from spaces.detectors.registry import licence_of, make_detector
 from spaces.detectors.weights import load_weights
 from spaces.effects import codebooks_by_layer, integers_by_layer
 from spaces.inputs import Size
+from spaces.layers import frozen_parameters
 from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
 from spaces.methods.resize import Resizing
@@ -64,6 +65,7 @@ class Bench:
         self.postprocess = postprocess_of(self.detector, config.postprocess)
         self.base: nn.Module = built(config.model, self.detector)
         load_weights(self.base, config.checkpoint, self.detector, self.categories)
+        self.frozen = frozen_parameters(self.base)
         self.base.eval().requires_grad_(False)
         self._resized: dict[Size, Bench] = {}
 

@@ -78,7 +78,7 @@ class CandidateWorker:
         folder = self._folder(job)
         with bench.slot.computing():
             draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
-        learning(draft.network)
+        learning(draft.network, bench.frozen)
         aware = rounds_in_training(bench.config.finetune, integers_by_layer(recipe, bench.sites))
         trained = draft.changed or aware  # what only changes its bit-widths keeps its weights
         yield clock.ended("compress", "load the teacher" if trained else "export")
@@ -178,7 +178,7 @@ class CandidateWorker:
         if bench.config.finetune.epochs == 0:
             return
         further = apply(bench.base, bench.identity, bench.sites)
-        learning(further.network)
+        learning(further.network, bench.frozen)
         step_ms: list[float] = []
         yield from self._fine_tune(further.network, seed, clock, step_ms, named="train the base further")
         metrics["train_step_ms"] = Measurement(value=sum(step_ms) / len(step_ms), unit="ms")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from spaces.errors import InputError
+from spaces.lowrank import Factors
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,32 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d | nn.Linear)
 
 
-def learning(network: nn.Module) -> nn.Module:
-    """The network, in place, with gradients for all parameters that can have them: whole numbers cannot."""
-    for parameter in network.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+def frozen_parameters(network: nn.Module) -> frozenset[str]:
+    """Names of the parameters that a network as it was built does not want to learn, such as a fixed filter.
+
+    None where it wants to learn nothing at all: that was built for inference and says nothing of training.
+    """
+    learns = {name: parameter.requires_grad for name, parameter in network.named_parameters()}
+    return frozenset(name for name, wanted in learns.items() if not wanted and any(learns.values()))
+
+
+def learning(network: nn.Module, frozen: Collection[str] = ()) -> nn.Module:
+    """The network, in place, with gradients for all parameters that can have them: whole numbers cannot.
+
+    Those of the base that are `frozen` have none, and neither have the factors that they became.
+    """
+    modules = dict(network.named_modules())
+    for name, parameter in network.named_parameters():
+        learns = parameter.is_floating_point() and _in_base(name, modules) not in frozen
+        parameter.requires_grad_(learns)
     return network
+
+
+def _in_base(name: str, modules: Mapping[str, nn.Module]) -> str:
+    """What a parameter of a factor is called in the layer that was factorised; other names stay."""
+    factor, _, kind = name.rpartition(".")
+    layer = factor.rpartition(".")[0]
+    return f"{layer}.{kind}" if isinstance(modules.get(layer), Factors) else name
 
 
 def trace_layers(network: nn.Module, size: tuple[int, int]) -> dict[str, LayerFacts]:

@@ -98,7 +98,10 @@ class Detector(Protocol):
     preprocess: Preprocess
 
     def build(self) -> nn.Module:
-        """A new network with fresh weights, in training mode."""
+        """A new network with fresh weights, in training mode.
+
+        What has `requires_grad` off in it, such as a fixed filter, is never trained.
+        """
         ...
 
     def output_layers(self, network: nn.Module) -> frozenset[str]:

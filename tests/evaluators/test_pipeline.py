@@ -21,10 +21,14 @@ from evaluators.pipeline import CandidateWorker
 from evaluators.targets.registry import signature_here
 from evaluators.testing import can_run
 from spaces.apply import parameters, rebuild, same_state
+from spaces.detectors.registry import make_detector
+from spaces.detectors.weights import save_weights
+from spaces.detectors.yolox import YoloX
 from spaces.effects import bits_by_layer, total_macs
 from spaces.methods.base import Draft
 from spaces.recipe import Prune, Quantize, Recipe, identity
 from spaces.sites import Sites
+from spaces.testing import lively_network
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +277,37 @@ def test_a_probe_times_shapes_and_leaves_nothing_behind(worker: CandidateWorker)
     assert last.result["ratio"] < 0.8, "a quarter of the channels cannot take as long as all of them"
     assert last.result["base_ms"] > 0
     assert list((worker.artifacts / "probes").iterdir()) == []
+
+
+class FixedStem(YoloX):
+    """Does not want its first layer to learn."""
+
+    def __init__(self, name: str, num_classes: int, size: tuple[int, int]) -> None:
+        super().__init__(name, num_classes, size, depth=0.33, width=0.125)
+
+    def build(self) -> nn.Module:
+        network = super().build()
+        network.get_parameter(STEM).requires_grad_(False)
+        return network
+
+
+STEM = "backbone.backbone.stem.conv.conv.weight"
+
+
+def test_what_a_detector_froze_keeps_its_values(
+    make_worker: Callable[..., CandidateWorker], tmp_path: Path
+) -> None:
+    model, weights = f"{__file__}:FixedStem", tmp_path / "own.safetensors"
+    save_weights(lively_network(make_detector(model, 10, (96, 96))), weights)
+    worker = make_worker(model=model, checkpoint=weights, size=(96, 96))
+    bench = worker.bench
+    site = next(name for name in bench.sites.channel if "dark5" in name)
+    recipe = Recipe(detector=bench.detector.name, choices=(Prune(site=site, sparsity=0.25),))
+    job = Job(kind="trial", name="trial 1", number=1, recipe=recipe, seed=1)
+    worker.measures = False  # ends where the training does
+    list(worker.run(job))
+    _, draft = rebuild(bench.detector.build(), worker._folder(job))
+    trained, before = draft.network.state_dict(), bench.base.state_dict()
+    assert torch.equal(trained[STEM], before[STEM])
+    other = "head.stems.0.conv.weight"
+    assert not torch.equal(trained[other], before[other])

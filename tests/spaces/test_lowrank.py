@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from spaces.detectors.folding import fold, fold_norms
-from spaces.layers import LayerFacts, count_macs
+from spaces.layers import LayerFacts, count_macs, frozen_parameters, learning
 from spaces.lowrank import Factored, Factors, by_part, errors, factorised, shaped
 from spaces.methods.factorize import best_plan
 from spaces.ranks import MOST, layer_ranks
@@ -178,3 +178,15 @@ def test_norms_are_folded_into_the_last_factor(kind: type[nn.Module]) -> None:
 def test_what_holds_for_a_layer_holds_for_its_factors() -> None:
     network = nn.Sequential(nn.Conv2d(4, 4, 1), Factors(nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)))
     assert by_part(network, {"0": 32, "1": 8, "gone": 16}) == {"0": 32, "1.0": 8, "1.1": 8}
+
+
+def test_frozen_parameters_of_a_layer_stay_frozen_in_its_factors() -> None:
+    network = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4))
+    network[0].weight.requires_grad_(False)
+    frozen = frozen_parameters(network)
+    assert frozen == {"0.weight"}
+    network[0] = factorised(network[0], Factored("svd", (2,)))  # type: ignore[arg-type]
+    learned = [name for name, p in learning(network, frozen).named_parameters() if p.requires_grad]
+    assert learned == ["0.1.bias", "1.weight", "1.bias"]
+    assert all(p.requires_grad for p in learning(network).parameters())
+    assert frozen_parameters(network.requires_grad_(False)) == set()  # made for inference
