@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from evaluators.bench import Bench
 from evaluators.datasets.base import DetectionSplit
 from evaluators.datasets.letterbox import LetterboxedImages
-from spaces.inputs import Size
+from spaces.inputs import Size, load_resized
 from spaces.recipe import Recipe
 
 DISTILLED = 0.25
@@ -36,7 +36,7 @@ class ResizedBench(Bench):
         self.config = whole.config.model_copy(update={"size": size, "finetune": less})
         self.detector = whole.detector_at(size)
         self.base = self.detector.build()
-        self.base.load_state_dict(whole.base.state_dict())
+        load_resized(self.base, whole.base, whole.detector.build())
         self.base.eval().requires_grad_(False)
         assert whole.sites.input is not None, "a size is on offer"
         self.sites = replace(whole.sites, facts=whole.sites.input.smaller[size])

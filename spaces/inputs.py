@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from spaces.detectors.base import Detector
@@ -84,6 +85,25 @@ def input_site(
         if other.preprocess.size == smaller and _layers_of(facts) == _layers_of(base):
             found[smaller] = facts
     return InputSite(size, found) if found else None
+
+
+def load_resized(resized: nn.Module, base: nn.Module, fresh: nn.Module) -> None:
+    """Load what a base has learned into a network that was built for another size of the input.
+
+    A buffer that the base has as it was built may depend on the size: it stays as `resized` was built.
+
+    Args:
+        resized: changed in place.
+        base: trained.
+        fresh: built for the size of the base.
+
+    Raises:
+        RuntimeError: `resized` has other weights.
+    """
+    state, built, own = (network.state_dict() for network in (base, fresh, resized))
+    buffers = own.keys() & {name for name, _ in base.named_buffers()}
+    state |= {name: own[name] for name in buffers & state.keys() if torch.equal(state[name], built[name])}
+    resized.load_state_dict(state)
 
 
 def _layers_of(facts: Mapping[str, LayerFacts]) -> list[tuple[object, ...]]:

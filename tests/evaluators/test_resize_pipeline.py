@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from evaluators.accuracy import score_session
 from evaluators.bench_config import SpaceConfig
@@ -23,6 +24,9 @@ from evaluators.targets.base import Detections
 from evaluators.torch_session import TorchSession
 from search.sensitivity import LEVELS, damage_table, sensitivity_jobs
 from spaces.apply import rebuild, same_state
+from spaces.detectors.registry import make_detector
+from spaces.detectors.weights import save_weights
+from spaces.detectors.yolox import YoloX
 from spaces.effects import bits_by_layer, total_macs
 from spaces.errors import InputError
 from spaces.recipe import Prune, Quantize, Recipe, Resize, identity
@@ -208,6 +212,31 @@ def test_benches_of_a_study_share_what_does_not_depend_on_the_size(worker: Candi
     plan, whole = smaller.config.finetune, bench.config.finetune
     assert plan.distill_weight == DISTILLED * whole.distill_weight
     assert plan.task_weight == whole.task_weight
+
+
+class OfItsSize(YoloX):
+    """Keeps the size of its input in a buffer."""
+
+    def __init__(self, name: str, num_classes: int, size: tuple[int, int]) -> None:
+        super().__init__(name, num_classes, size, depth=0.33, width=0.125)
+
+    def build(self) -> nn.Module:
+        network = super().build()
+        network.register_buffer("extent", torch.tensor(self.preprocess.size))
+        return network
+
+
+def test_a_buffer_of_the_inputs_size_is_of_the_smaller_one(
+    make_worker: Callable[..., CandidateWorker], tmp_path: Path
+) -> None:
+    model = f"{__file__}:OfItsSize"
+    save_weights(make_detector(model, 10, (128, 128)).build(), tmp_path / "own.safetensors")
+    methods = SpaceConfig(methods=("resize",))
+    worker = make_worker(model=model, checkpoint=tmp_path / "own.safetensors", size=(128, 128), space=methods)
+    bench = worker.bench
+    smaller = bench.at(Recipe(detector=bench.detector.name, choices=(SMALLER,)))
+    assert bench.base.extent.tolist() == [128, 128]
+    assert smaller.base.extent.tolist() == [96, 96]
 
 
 def test_a_size_that_is_not_offered_is_refused(worker: CandidateWorker) -> None:

@@ -18,7 +18,7 @@ from spaces.detectors.registry import make_detector
 from spaces.detectors.yolox import YoloX
 from spaces.effects import facts_under, total_macs
 from spaces.errors import InputError
-from spaces.inputs import Size, input_site, smaller_sizes
+from spaces.inputs import Size, input_site, load_resized, smaller_sizes
 from spaces.layers import count_macs, trace_layers
 from spaces.methods.base import Method
 from spaces.methods.resize import Resizing
@@ -190,6 +190,32 @@ def test_a_size_at_which_the_users_code_fails_is_left_out(where: str, error: Exc
     found = find_sites(detector, detector.build(), resized=Insists)
     assert found.input is not None
     assert set(found.input.smaller) == {(96, 96)}  # not 64 x 128 and 64 x 96
+
+
+class _Extent(nn.Module):
+    """A weight, a buffer of the input's size, and one that is learned."""
+
+    def __init__(self, height: int) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 1)
+        self.register_buffer("extent", torch.tensor([float(height)]))
+        self.register_buffer("noise", torch.rand(3))
+        self.norm = nn.BatchNorm2d(4)
+
+
+def test_buffers_of_the_inputs_size_are_of_the_smaller_one() -> None:
+    base, smaller = _Extent(96), _Extent(64)
+    base.norm.running_mean.fill_(3.0)
+    load_resized(smaller, base, fresh=_Extent(96))
+    changed = {
+        name
+        for name, tensor in base.state_dict().items()
+        if not same_state({name: tensor}, {name: smaller.state_dict()[name]})
+    }
+    assert changed == {"extent"}
+    assert smaller.extent.tolist() == [64.0]
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_resized(nn.Linear(2, 2), nn.Linear(3, 3), nn.Linear(3, 3))
 
 
 def test_parameters_and_recipes(space: SearchSpace, sites: Sites) -> None:
