@@ -51,6 +51,16 @@ class _Pair:
         outputs: Tensor = self.convolution._conv_forward(images, self.weight, self.bias)
         return outputs
 
+    def put_in(self) -> None:
+        """Let the convolution do what both do."""
+        self.convolution.forward = self.forward  # type: ignore[method-assign, assignment]
+        self.behind.forward = _identity  # type: ignore[method-assign, assignment]
+
+    def take_out(self) -> None:
+        """Let each do its own again."""
+        for module in (self.convolution, self.behind):
+            vars(module).pop("forward", None)
+
     def gathered(self, gain: Tensor) -> Tensor:
         """Give the convolution's weight its gradient; returns the gain's share of it, `(O,)`."""
         gradient, weight = gradient_of(self.weight).float(), self.convolution.weight
@@ -62,8 +72,9 @@ class _Pair:
 class FoldedNorms:
     """A network whose norms are folded into its convolutions for each forward pass.
 
-    Call it as the network; then, after the backward pass, `hand_on` gives the parameters their gradients. In
-    between and afterwards the network is an ordinary one.
+    Call it as the network; then, after the backward pass, `hand_on` gives the parameters their gradients and
+    makes the network an ordinary one again. In between the norms stay folded, for a network that checkpoints
+    activations runs parts of itself again in the backward pass. Without gradients it is ordinary at once.
 
     Args:
         network: its norms in evaluation mode.
@@ -104,18 +115,16 @@ class FoldedNorms:
             for pair, gain, shift in zip(self._pairs, gains, shifts, strict=True):
                 pair.spread(gain, shift)
         for pair in self._pairs:
-            pair.convolution.forward = pair.forward  # type: ignore[method-assign, assignment]
-            pair.behind.forward = _identity  # type: ignore[method-assign, assignment]
-        try:
-            outputs: Outputs = self._network(images)
-        finally:
-            for pair in self._pairs:
-                del pair.convolution.forward, pair.behind.forward
+            pair.put_in()
+        outputs: Outputs = self._network(images)
+        if not torch.is_grad_enabled():
+            self._take_out()
         return outputs
 
     @torch.no_grad()
     def hand_on(self) -> None:
         """Turn the gradients of the folded weights and biases into those of the network's parameters."""
+        self._take_out()
         self._blind.clear()
         pairs = [pair for pair in self._pairs if pair.weight.grad is not None]
         if not pairs:
@@ -130,6 +139,10 @@ class FoldedNorms:
             _give(pair.behind.weight, of_gain)
             _give(pair.behind.bias, of_shift)
             _give(pair.convolution.bias, of_bias)
+
+    def _take_out(self) -> None:
+        for pair in self._pairs:
+            pair.take_out()
 
 
 class _Channels:
@@ -222,7 +235,8 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func(*args, **(kwargs or {}))
-        if any(True for _ in tensors_in(returned)):  # others, such as `dim`, look at a tensor from outside
+        # Others, such as `dim`, look at a tensor from outside; assignments to parts of one return None.
+        if returned is None or any(True for _ in tensors_in(returned)):
             self.note((args, kwargs))
         return returned
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from evaluators.datasets.letterbox import LetterboxedImages
@@ -118,6 +119,43 @@ def test_parameters_that_serve_elsewhere_get_both_gradients(blocks: Blocks) -> N
     (folded(IMAGE)[0].square().sum() + blocks.first.weight.sum() + blocks.first_norm.bias.sum()).backward()
     folded.hand_on()
     same(gradients(blocks), gradients(plain))
+
+
+class Checkpointed(Blocks):
+    """Runs its layers again in the backward pass instead of keeping what they put out."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = checkpoint(super().forward, images, use_reentrant=False)
+        return outputs
+
+
+def test_a_network_that_checkpoints_its_activations(blocks: Blocks) -> None:
+    network = Checkpointed().eval()
+    network.load_state_dict(blocks.state_dict())
+    folded = FoldedNorms(network, IMAGE)
+    assert folded.names == FoldedNorms(blocks, IMAGE).names
+    for _ in range(2):
+        for one in (network, blocks):
+            one.zero_grad()
+        folded(IMAGE)[0].square().sum().backward()
+        folded.hand_on()
+        blocks(IMAGE)[0].square().sum().backward()
+        same(gradients(network), gradients(blocks))
+    assert torch.equal(network(IMAGE)[0], blocks(IMAGE)[0])
+
+
+def test_what_changes_in_place_before_its_norm_is_not_folded() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+            x = self.layer(images)
+            x[:, :2] = 0.0
+            return (self.norm(x),)
+
+    assert FoldedNorms(Masked().eval(), IMAGE).names == {}
 
 
 def test_without_a_norm_it_is_the_network() -> None:
