@@ -42,10 +42,11 @@ def recalibrate_norms(
 
 
 def norm_chunks(count: int, batch_size: int) -> list[NDArray[np.int64]]:
-    """Indices of `count` images in batches; a last one alone joins the batch before it.
+    """Indices of `count` images in batches of at least 2; a last one alone joins the batch before it.
 
     A norm behind a global pool has no variance of a single image.
     """
+    batch_size = max(batch_size, 2)
     chunks = np.split(np.arange(count), range(batch_size, count, batch_size))
     if len(chunks) > 1 and len(chunks[-1]) == 1:
         chunks[-2:] = [np.concatenate(chunks[-2:])]

@@ -16,7 +16,7 @@ from evaluators.finetune import (
     mirrored_labels,
     schedule,
 )
-from evaluators.norms import recalibrate_norms
+from evaluators.norms import norm_chunks, recalibrate_norms
 from evaluators.quiet import QuietSlot
 from evaluators.teacher import TeacherOutputs, batch_of
 from spaces.apply import apply, same_state
@@ -81,6 +81,13 @@ def test_recalibrated_norms_hold_the_average_over_batches(
     assert momenta == [m.momentum for m in digits_base.modules() if isinstance(m, nn.BatchNorm2d)]
     weights = [(a, b) for a, b in zip(network.parameters(), digits_base.parameters(), strict=True)]
     assert all(torch.equal(a, b) for a, b in weights)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(2, 1), (5, 1), (5, 2), (9, 8), (20, 5)])
+def test_norms_are_measured_on_two_images_or_more_at_once(count: int, batch_size: int) -> None:
+    chunks = norm_chunks(count, batch_size)
+    assert np.concatenate(chunks).tolist() == list(range(count))
+    assert min(map(len, chunks)) >= 2
 
 
 def distance(
