@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 from pathlib import Path
 from typing import Any
 
-from evaluators.datasets.split import DetectionSplit, ImageRecord, checked_split
+from evaluators.datasets.split import DetectionSplit, ImageRecord, checked_split, is_finite, refused
 from spaces.detectors.base import Category
 from spaces.errors import InputError
 
@@ -15,6 +15,8 @@ IMAGE_IDS, CATEGORY_IDS = 2**63, 2**31
 """Ids must be below, and not below minus that: arrays hold those of images, OpenVINO's outputs those of
 categories, in as many bits.
 """
+SIDES = 2**31
+"""Widths and heights must be below: no image format has larger ones."""
 
 
 def annotation_files(root: Path) -> dict[str, Path]:
@@ -44,8 +46,8 @@ def read_coco(root: Path, source: Path, role: str) -> DetectionSplit:
         ImageRecord(
             id=_id(source, "image", position, row, IMAGE_IDS),
             path=_find_image(source, _text(source, "image", position, row, "file_name"), folders),
-            width=_integer(source, "image", position, row, "width", least=1),
-            height=_integer(source, "image", position, row, "height", least=1),
+            width=_side(source, position, row, "width"),
+            height=_side(source, position, row, "height"),
         )
         for position, row in enumerate(_rows(source, document, "images"))
     ]
@@ -70,12 +72,10 @@ def _annotation(source: Path, position: int, row: dict[str, Any]) -> dict[str, A
         raise InputError(f"{source}: annotation {row['id']}", None, "has no bbox")
     annotation = {key: value for key, value in row.items() if key != "segmentation"}
     if annotation.get("iscrowd", 0) not in (0, 1):
-        raise InputError(
-            f"{source}: annotation {row['id']}: iscrowd", annotation["iscrowd"], "must be 0 or 1"
-        )
+        raise refused(f"{source}: annotation {row['id']}: iscrowd", annotation["iscrowd"], "must be 0 or 1")
     area = annotation.get("area", 0.0)
-    if type(area) not in (int, float) or not math.isfinite(area) or area < 0:
-        raise InputError(f"{source}: annotation {row['id']}: area", area, "must be a number of at least 0")
+    if type(area) not in (int, float) or not is_finite(area) or area < 0:
+        raise refused(f"{source}: annotation {row['id']}: area", area, "must be a number of at least 0")
     return annotation
 
 
@@ -102,7 +102,7 @@ def _rows(source: Path, document: dict[str, Any], key: str) -> list[dict[str, An
         )
     for position, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise InputError(f"{source}: {key}[{position}]", row, "must be an object")
+            raise refused(f"{source}: {key}[{position}]", row, "must be an object")
     return rows
 
 
@@ -120,7 +120,16 @@ def _integer(
         raise InputError(where, None, f"has no {key}")
     if type(value) is not int or (least is not None and value < least):
         above = "" if least is None else f" of at least {least}"
-        raise InputError(f"{where}: {key}", value, f"must be a whole number{above}")
+        raise refused(f"{where}: {key}", value, f"must be a whole number{above}")
+    return value
+
+
+def _side(source: Path, position: int, row: dict[str, Any], key: str) -> int:
+    """The width or height of an image, pixels."""
+    value = _integer(source, "image", position, row, key, least=1)
+    if value >= SIDES:
+        where = f"{source}: {_name('image', position, row, key)}: {key}"
+        raise InputError(where, value, f"must be below 2^{SIDES.bit_length() - 1}")
     return value
 
 
@@ -141,14 +150,14 @@ def _text(source: Path, kind: str, position: int, row: dict[str, Any], key: str)
         raise InputError(where, None, f"has no {key}")
     value = row[key]
     if not isinstance(value, str) or not value:
-        raise InputError(f"{where}: {key}", value, "must be a text")
+        raise refused(f"{where}: {key}", value, "must be a text")
     return value
 
 
 def _find_image(source: Path, file_name: str, folders: list[Path]) -> Path:
     for folder in folders:
         path = folder / file_name
-        if path.is_file():
+        if os.path.isfile(path):  # `Path.is_file` raises where a name is too long for the disk
             return path
     tried = ", ".join(str(folder) for folder in folders)
     raise InputError(f"{source}: file_name", file_name, f"no such image; looked in {tried}")

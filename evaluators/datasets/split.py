@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,13 +186,27 @@ def joined(split: DetectionSplit, other: DetectionSplit) -> DetectionSplit:
     )
 
 
+def refused(field: str, value: Any, remedy: str) -> InputError:
+    """The error of a value that a file has; null, too, is shown."""
+    return InputError(field, value, remedy if value is not None else f"is null; {remedy}")
+
+
+def is_finite(number: float) -> bool:
+    """True for what a float can hold; JSON has whole numbers of any length.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    return abs(number) <= sys.float_info.max
+
+
 def without_area(box: Any) -> bool:
     """True for a box of no width or no height, of which COCO's own train2017 has two.
 
     It stays where it is for scoring, as pycocotools counts it; nothing can be learnt from it.
     """
     try:
-        return all(map(math.isfinite, box)) and len(box) == 4 and min(box[2:]) == 0
+        return all(map(is_finite, box)) and len(box) == 4 and min(box[2:]) == 0
     except TypeError:
         return False
 
@@ -214,8 +228,8 @@ def check_box(where: str, box: Any, width: int, height: int) -> None:
     It may stick out by `TOLERANCE`: it stays as it is for scoring, and labels for training are clipped.
     """
     if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
-        raise InputError(f"{where}: bbox", box, "must be four numbers: x, y, width, height")
-    if not all(math.isfinite(v) for v in box):
+        raise refused(f"{where}: bbox", box, "must be four numbers: x, y, width, height")
+    if not all(map(is_finite, box)):
         raise InputError(f"{where}: bbox", box, "must be finite numbers; correct or remove it")
     x, y, w, h = box
     if w <= 0 or h <= 0:

@@ -202,7 +202,7 @@ def drop(kind: str, position: int, key: str) -> Callable[[Document], Any]:
     return lambda d: d[kind][position].pop(key)
 
 
-NAN = float("nan")
+NAN, LONG = float("nan"), 10**400
 BROKEN: list[tuple[str, Callable[[Document], Any], str]] = [
     (
         "outside",
@@ -223,6 +223,12 @@ BROKEN: list[tuple[str, Callable[[Document], Any], str]] = [
     ("no box", drop("annotations", 0, "bbox"), "annotation 1: has no bbox"),
     ("area", put("annotations", 0, area=NAN), "annotation 1: area: nan: must be a number"),
     ("crowd", put("annotations", 0, iscrowd=2), "annotation 1: iscrowd: 2: must be 0 or 1"),
+    ("no crowd", put("annotations", 0, iscrowd=None), "annotation 1: iscrowd: is null; must be 0 or 1"),
+    ("null area", put("annotations", 0, area=None), "annotation 1: area: is null; must be a number"),
+    ("null box", put("annotations", 0, bbox=None), "annotation 1: bbox: is null; must be four numbers"),
+    ("long area", put("annotations", 0, area=LONG), "000: must be a number of at least 0"),
+    ("long box", put("annotations", 0, bbox=[1, 3, LONG, 2]), "000, 2]: must be finite numbers"),
+    ("long side", put("images", 0, width=LONG), "000: must be below 2^31"),
     ("category", put("annotations", 0, category_id=6), "category_id: 6: unknown category; known are 5, 9"),
     ("image id", put("annotations", 0, image_id=99), "annotation 1: image_id: 99: no such image"),
     ("same annotation", put("annotations", 1, id=1), "annotation id: 1: is used twice"),
@@ -297,6 +303,10 @@ def test_a_missing_image_is_named_with_the_places_looked_at(tmp_path: Path) -> N
     line = message(config, "val")
     assert "val.json: file_name: '2.png': no such image; looked in" in line
     assert str(tmp_path / "images") in line
+    content = document(1)
+    content["images"][0]["file_name"] = "x" * 300  # longer than a file system takes
+    (tmp_path / "annotations" / "val.json").write_text(json.dumps(content))
+    assert "xxx': no such image; looked in" in message(config, "val")
 
 
 def test_an_image_in_two_roles_is_named(tmp_path: Path) -> None:
