@@ -235,8 +235,8 @@ def test_a_buffer_of_the_inputs_size_is_of_the_smaller_one(
     worker = make_worker(model=model, checkpoint=tmp_path / "own.safetensors", size=(128, 128), space=methods)
     bench = worker.bench
     smaller = bench.at(Recipe(detector=bench.detector.name, choices=(SMALLER,)))
-    assert bench.base.extent.tolist() == [128, 128]
-    assert smaller.base.extent.tolist() == [96, 96]
+    assert bench.base.get_buffer("extent").tolist() == [128, 128]
+    assert smaller.base.get_buffer("extent").tolist() == [96, 96]
 
 
 def test_a_size_that_is_not_offered_is_refused(worker: CandidateWorker) -> None:

@@ -181,11 +181,12 @@ def test_what_holds_for_a_layer_holds_for_its_factors() -> None:
 
 
 def test_frozen_parameters_of_a_layer_stay_frozen_in_its_factors() -> None:
-    network = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4))
-    network[0].weight.requires_grad_(False)
+    layer = nn.Linear(12, 10)
+    network = nn.Sequential(layer, nn.Linear(10, 4))
+    layer.weight.requires_grad_(False)
     frozen = frozen_parameters(network)
     assert frozen == {"0.weight"}
-    network[0] = factorised(network[0], Factored("svd", (2,)))  # type: ignore[arg-type]
+    network[0] = factorised(layer, Factored("svd", (2,)))
     learned = [name for name, p in learning(network, frozen).named_parameters() if p.requires_grad]
     assert learned == ["0.1.bias", "1.weight", "1.bias"]
     assert all(p.requires_grad for p in learning(network).parameters())

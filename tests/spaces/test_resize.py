@@ -205,7 +205,7 @@ class _Extent(nn.Module):
 
 def test_buffers_of_the_inputs_size_are_of_the_smaller_one() -> None:
     base, smaller = _Extent(96), _Extent(64)
-    base.norm.running_mean.fill_(3.0)
+    base.get_buffer("norm.running_mean").fill_(3.0)
     load_resized(smaller, base, fresh=_Extent(96))
     changed = {
         name
@@ -213,7 +213,7 @@ def test_buffers_of_the_inputs_size_are_of_the_smaller_one() -> None:
         if not same_state({name: tensor}, {name: smaller.state_dict()[name]})
     }
     assert changed == {"extent"}
-    assert smaller.extent.tolist() == [64.0]
+    assert smaller.get_buffer("extent").tolist() == [64.0]
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_resized(nn.Linear(2, 2), nn.Linear(3, 3), nn.Linear(3, 3))
 
