@@ -21,6 +21,8 @@ Grid = tuple[NDArray[np.float32], NDArray[np.uint8]]
 """Scales and zero points, of a tensor or of its channels."""
 FULL_LEVELS = 127
 WEIGHT_CLIPS = np.linspace(1.0, 0.3, 36)
+LARGEST_BIAS = 2**30
+"""Of what integer kernels add in 32 bits; products need the rest."""
 COPYING = {"Concat", "MaxPool", "Resize", "Reshape", "Transpose", "Flatten", "Slice", "Identity"}
 ELEMENTWISE = {"Mul", "Add", "Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid"}
 """What may read channels that were written with a scale each, in ONNX Runtime: it makes no integer operation
@@ -90,12 +92,14 @@ def quantized(
             writer.nodes.append(node)
         else:
             ranges = layers[layer]
-            folded = writer.read(node, ranges, outputs_too)
+            folded, step = writer.read(node, ranges, outputs_too)
+            lowest = np.zeros(1)
             if outputs_too:
                 writing = Reading((layer in apart and ranges.written_by_channel) or (ranges.written,))
                 folded = folded * writer.shift(node, writing)
+                lowest = writer.lowest_scales(node, step) / folded
                 unrounded[sums.get(produced, produced)] = writing
-            writer.weigh(node, ranges, folded)
+            writer.weigh(node, ranges, folded, lowest)
         if produced in unrounded:
             renamed[produced] = writer.written(node, unrounded[produced])
     replace_nodes(graph, writer.nodes)
@@ -110,17 +114,26 @@ class _Writer:
         self._graph, self._levels, self._plain = graph, weight_levels, plain_pairs
         self._tensors = constants(graph)
         self._pairs: dict[tuple[str, Reading], str] = {}
-        self._weights: dict[tuple[str, int, bytes], str] = {}
-        self._written: set[str] = set()
+        self._weights: dict[tuple[str, bytes, bytes], str] = {}
+        self._scales: dict[str, NDArray[np.float32]] = {}
+        self._integers: dict[str, NDArray[np.int8]] = {}
+        self._written: dict[str, float] = {}
 
-    def read(self, node: onnx.NodeProto, ranges: LayerRanges, one_scale: bool) -> NDArray[np.float64]:
-        """Round what a layer reads; factors `(outputs,)` or `(1,)` by which its weights make up for it."""
+    def read(
+        self, node: onnx.NodeProto, ranges: LayerRanges, one_scale: bool
+    ) -> tuple[NDArray[np.float64], float]:
+        """Round what a layer reads.
+
+        Returns:
+            Factors `(outputs,)` or `(1,)` by which its weights make up for it, and the scale of what it gets,
+            the largest one where channels have their own.
+        """
         source = node.input[0]
         learned = bool(ranges.weight_scales)
         reading = Reading(ranges.by_channel or (ranges.read,), ranges.levels, exact=learned)
         # What a layer wrote in 8 bits is not rounded again by whoever reads it in 8.
         if source in self._written and reading.levels == 256 and not ranges.by_channel:
-            return np.ones(1)
+            return np.ones(1), self._written[source]
         # Layers that read one tensor were calibrated on samples of it: the first one's range serves.
         place = next((p for p in self._pairs if p[0] == source and p[1].alike(reading)), (source, reading))
         grid = scales, zeros = place[1].grids
@@ -130,7 +143,7 @@ class _Writer:
             clipped = self._clipped(f"{source}{ending}", source, place[1])
             self._pairs[place] = self._pair(f"{source}{ending}", clipped, grid, one, _rank(node))
         node.input[0] = self._pairs[place]
-        return (scales / one[0]).astype(np.float64)
+        return (scales / one[0]).astype(np.float64), float(one[0].max())
 
     def shift(self, node: onnx.NodeProto, writing: Reading) -> NDArray[np.float64]:
         """Make a layer's channels ready to be written with one scale; what its weights are multiplied by.
@@ -146,24 +159,50 @@ class _Writer:
         bias = numpy_helper.to_array(self._tensors[node.input[2]]) if biased else np.zeros(len(scales))
         shifted = (bias * factors + zeros * scales.max()).astype(np.float32)
         name = constant(self._graph, f"{node.output[0]}_bias", shifted)
+        self._tensors[name] = numpy_helper.from_array(shifted, name)
         del node.input[2:]
         node.input.append(name)
         return factors
 
-    def weigh(self, node: onnx.NodeProto, ranges: LayerRanges, factors: NDArray[np.float64]) -> None:
-        """Store the layer's weight as S8 with a scale per output channel, and run the layer on it."""
+    def lowest_scales(self, node: onnx.NodeProto, step: float) -> NDArray[np.float64]:
+        """Scales `(outputs,)` or `(1,)` that a layer's weights need for its bias to fit into its kernel.
+
+        The kernel adds the bias as an integer of 32 bits, in steps of the scale of what it reads times that
+        of a weight. Where a channel has no weights to speak of (a BatchNorm's gain of 0, folded in), these
+        would be so small that its bias overflows.
+        """
+        if len(node.input) < 3 or node.input[2] not in self._tensors:
+            return np.zeros(1)
+        bias = numpy_helper.to_array(self._tensors[node.input[2]]).astype(np.float64)
+        lowest: NDArray[np.float64] = np.abs(bias) / (step * LARGEST_BIAS)
+        return lowest
+
+    def weigh(
+        self,
+        node: onnx.NodeProto,
+        ranges: LayerRanges,
+        factors: NDArray[np.float64],
+        lowest: NDArray[np.float64],
+    ) -> None:
+        """Store the layer's weight as S8 with a scale per output channel, and run the layer on it.
+
+        Args:
+            node: of the layer.
+            ranges: its own.
+            factors: `(outputs,)` or `(1,)`: what scales are multiplied by once the weight is rounded.
+            lowest: as many: what scales are at least.
+        """
         name, levels = node.input[1], min(ranges.largest, self._levels)
-        key = (name, levels, factors.tobytes())
+        scale = np.maximum(self._scales_of(name, ranges, levels), lowest).astype(np.float32)
+        key = (name, scale.tobytes(), factors.tobytes())
         if key not in self._weights:
             ending = f"_{len(self._weights)}" if any(k[0] == name for k in self._weights) else ""
             weight, axis = numpy_helper.to_array(self._tensors[name]), output_axis(name)
-            scale = weight_scales(np.moveaxis(weight, axis, 0), levels)
-            if ranges.weight_scales:  # learned, perhaps on a CPU that bears more levels
-                scale = np.array(ranges.weight_scales, np.float32) * np.float32(ranges.largest / levels)
             rounded = np.round(weight / by_output(scale, weight, axis))
             integers = np.clip(rounded, -levels, levels).astype(np.int8)
+            alike = np.array_equal(self._integers.setdefault(name, integers), integers)
             names = [
-                constant(self._graph, f"{name}_s8", integers),
+                constant(self._graph, f"{name}{'' if alike else ending}_s8", integers),
                 constant(self._graph, f"{name}{ending}_scale", (scale * factors).astype(np.float32)),
                 constant(self._graph, f"{name}_zero", np.zeros(scale.shape, np.int8)),
             ]
@@ -172,6 +211,16 @@ class _Writer:
         node.input[1] = self._weights[key]
         self.nodes.append(node)
 
+    def _scales_of(self, name: str, ranges: LayerRanges, levels: int) -> NDArray[np.float32]:
+        """Scales `(outputs,)` of a weight, found once however often its layer runs."""
+        if name not in self._scales:
+            weight = numpy_helper.to_array(self._tensors[name])
+            scales = weight_scales(np.moveaxis(weight, output_axis(name), 0), levels)
+            if ranges.weight_scales:  # learned, perhaps on a CPU that bears more levels
+                scales = np.array(ranges.weight_scales, np.float32) * np.float32(ranges.largest / levels)
+            self._scales[name] = scales
+        return self._scales[name]
+
     def written(self, node: onnx.NodeProto, writing: Reading) -> str:
         """Round what a layer produces; the name of what its readers get."""
         grid, produced = writing.grids, node.output[0]
@@ -179,7 +228,7 @@ class _Writer:
             one = (grid[0].max(keepdims=True), np.zeros(1, np.uint8))
             return self._pair(produced, produced, one, grid, _rank(node))
         result = self._pair(produced, produced, grid, grid)
-        self._written.add(result)
+        self._written[result] = float(grid[0][0])
         return result
 
     def _clipped(self, name: str, source: str, reading: Reading) -> str:

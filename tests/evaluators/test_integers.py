@@ -178,6 +178,32 @@ def test_the_engine_runs_integer_kernels_and_agrees(plain_pairs: bool) -> None:
     assert (np.abs(run(graph, rewritten=True)[0] - y) / steps).max() < 1.5
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("plain_pairs", [False, True])
+@pytest.mark.parametrize("gain", [0.0, 1e-7])
+def test_a_channel_without_weights_keeps_its_bias(plain_pairs: bool, learned: bool, gain: float) -> None:
+    """A BatchNorm's gain of 0, folded in: the engine adds the bias in steps of the weights' scale."""
+    dead = CHANNELS - 1
+    values = constants("a", "thin")
+    values["network.a.weight"] = WEIGHTS["a"] * np.where(np.arange(CHANNELS) == dead, gain, 1).reshape(
+        -1, 1, 1, 1
+    ).astype(np.float32)
+    before = weight_scales(values["network.a.weight"])
+    ranges = dict(RANGES)
+    if learned:
+        ranges["a"] = replace(ranges["a"], weight_scales=tuple(before.tolist()))
+    graph = quantized(model(NODES, "thin", values), ranges, outputs_too=True, plain_pairs=plain_pairs)
+    y, _ = run(graph)
+    steps = np.array([span.grid()[0] for span in RANGES["thin"].written_by_channel]).reshape(1, -1, 1, 1)
+    assert (np.abs(run(graph, rewritten=True)[0] - y) / steps).max() < 1.5
+    found = {t.name: numpy_helper.to_array(t) for t in graph.graph.initializer}
+    written = RANGES["a"].written_by_channel
+    factors = np.array([span.grid()[0] for span in written])
+    scales = found["network.a.weight_scale"] * factors / factors.max()
+    np.testing.assert_allclose(scales[:dead], before[:dead], rtol=1e-6)
+    assert scales[dead] > before[dead]
+
+
 def test_without_rounding_the_folds_leave_the_outputs() -> None:
     """The folded kernels on numbers instead of bytes: Q and DQ replaced by what they multiply and add."""
     graph = quantized(CHAIN, RANGES, outputs_too=True)
