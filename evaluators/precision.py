@@ -6,7 +6,7 @@ import ml_dtypes
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from evaluators.graph import layer_of, readers_of
+from evaluators.graph import SCOPE, layer_of, readers_of
 from evaluators.rewriting import constants, copied, replace_nodes, without_unread
 
 FOLLOWERS = {"Sigmoid", "Mul", "Add", "Relu", "HardSwish", "HardSigmoid", "Clip", "LeakyRelu", "Concat"}
@@ -19,9 +19,9 @@ PLACED = {"Resize", "Slice"}
 def in_bfloat16(graph: onnx.ModelProto, layers: frozenset[str]) -> onnx.ModelProto:
     """A copy in which the given layers, and what lies between them, compute in bfloat16 whatever the hint.
 
-    Weights are stored in bfloat16, too. An elementwise or copying operation joins where all the layers
-    around it are in bfloat16, so that casts stand only at the border of such regions. The first and last
-    tensors of the graph stay float32.
+    Weights are stored in bfloat16, too. An elementwise or copying operation of the network joins where all
+    the layers around it are in bfloat16, so that casts stand only at the border of such regions. The
+    first and last tensors of the graph stay float32.
     """
     graph = copied(graph)
     chosen = _bfloat16_nodes(graph, layers)
@@ -80,7 +80,7 @@ def _bfloat16_nodes(graph: onnx.ModelProto, layers: frozenset[str]) -> set[str]:
     ends = {output.name for output in graph.graph.output}
     inner = [n for n in graph.graph.node if ends.isdisjoint(n.output)]
     chosen = {_key(n) for n in inner if layer_of(n) in layers}
-    followers = [n for n in inner if n.op_type in FOLLOWERS]
+    followers = [n for n in inner if n.op_type in FOLLOWERS and _of_network(n)]
     # Candidates are dropped until every one left has only bfloat16 sources, and some bfloat16 reader or
     # source: the greatest fixed point, so that whole chains between layers survive together.
     joined = {_key(n) for n in followers}
@@ -98,6 +98,11 @@ def _bfloat16_nodes(graph: onnx.ModelProto, layers: frozenset[str]) -> set[str]:
                 joined.discard(_key(node))
                 changed = True
     return chosen | joined
+
+
+def _of_network(node: onnx.NodeProto) -> bool:
+    """False for decoding and suppression; what rewriting has put in, without a name, is the network's."""
+    return not node.name or node.name.startswith(SCOPE)
 
 
 def _stored_half(graph: onnx.ModelProto, tensor: onnx.TensorProto) -> str:

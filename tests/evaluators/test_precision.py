@@ -170,6 +170,16 @@ def test_casts_stand_at_the_borders_of_a_region_alone() -> None:
     assert kinds(in_bfloat16(chain(), frozenset())) == kinds(chain())
 
 
+def test_what_decodes_follows_no_layer() -> None:
+    """It reads bfloat16 alone, as an operation of the network does that joins."""
+    graph = chain()
+    for node, name in zip(graph.graph.node[1:3], ("/network/Sigmoid", "/Mul"), strict=True):
+        node.name = name
+    assert kinds(in_bfloat16(graph, frozenset("a"))) == [
+        *("Cast", "Conv", "Sigmoid", "Cast", "Cast", "Mul", "Conv", "Conv", "Add")
+    ]
+
+
 def test_bfloat16_computes_on_rounded_numbers_whatever_the_hint() -> None:
     graph = in_bfloat16(chain(), frozenset("b"))
     middle = silu(conv(X, WEIGHTS["a"]))
