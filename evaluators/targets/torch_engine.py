@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -229,6 +230,7 @@ def _typed(typed: WholeDetector, bits: Mapping[str, int]) -> WholeDetector:
     def reads(kind: torch.dtype) -> Callable[[Any, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
         return lambda _, inputs: tuple(one.to(kind) for one in inputs)
 
+    _untie(typed.network, bits)
     for name, other in typed.network.named_modules():
         if isinstance(other, strict) and name not in bits:
             other.register_forward_pre_hook(reads(torch.float32))
@@ -240,3 +242,18 @@ def _typed(typed: WholeDetector, bits: Mapping[str, int]) -> WholeDetector:
         module.register_forward_pre_hook(reads(kind))
     typed.network.register_forward_hook(lambda _, __, outputs: tuple(one.float() for one in outputs))
     return typed
+
+
+def _untie(network: torch.nn.Module, bits: Mapping[str, int]) -> None:
+    """Give layers of their own what modules of several bit-widths share, for it has one type alone."""
+    import torch
+
+    widths: dict[torch.nn.Parameter, set[int]] = defaultdict(set)
+    for name, module in network.named_modules():
+        for parameter in module.parameters(recurse=False):
+            widths[parameter].add(bits.get(name, 32))
+    for layer in bits:
+        module = network.get_submodule(layer)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if len(widths[parameter]) > 1:
+                setattr(module, name, torch.nn.Parameter(parameter.detach().clone(), requires_grad=False))

@@ -17,8 +17,10 @@ from evaluators.testing import (
     lowered,
     network,
     torch_session,
+    whole,
 )
 from evaluators.torch_session import executed_types
+from spaces.detectors.base import Postprocess
 from spaces.errors import InputError
 
 
@@ -33,6 +35,19 @@ def test_layers_of_both_types_share_a_file(tmp_path: Path) -> None:
     check_detections(found)
     off = np.abs(found.scores[:20] - expected.scores[:20]).mean()
     assert 0 < off < 0.03
+
+
+def test_layers_that_share_a_weight_have_types_of_their_own(tmp_path: Path) -> None:
+    detector = whole(Postprocess())
+    tied = {name: detector.network.get_submodule(name) for name in layers()}
+    shape = tied[layers()[-1]].weight.shape
+    first, second = [name for name in layers() if tied[name].weight.shape == shape][:2]
+    tied[second].weight = tied[first].weight
+    bits = dict.fromkeys(layers(), 32) | {first: 16}
+    written = TARGETS["torch"].write(detector, bits, {}, tmp_path)
+    kernels = TARGETS["torch"].prepare(written.model, 1).kernels()
+    assert fell_back(bits, kernels, (32, 16)) == {}
+    assert tied[second].weight is tied[first].weight, "the detector is left alone"
 
 
 def test_a_bfloat16_file_is_half_as_large(tmp_path: Path) -> None:
