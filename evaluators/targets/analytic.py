@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from evaluators.graph import by_output, layer_of, output_axis
-from evaluators.integers import quantized
+from evaluators.integers import quantized, weight_scales
 from evaluators.precision import stored_in_bfloat16
 from evaluators.rewriting import constants, copied, replace_nodes, without_unread
 from evaluators.signature import machine_signature
@@ -188,8 +188,7 @@ def _few_weights(
     """The name of a weight's dequantised form."""
     weight, axis = numpy_helper.to_array(tensor), output_axis(tensor.name)
     most = 2 ** (bits - 1) - 1
-    largest = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1).max(axis=1)
-    scale = np.maximum(largest / most, 1e-12).astype(np.float32)
+    scale = weight_scales(np.moveaxis(weight, axis, 0), most)
     if learned is not None:
         most, scale = learned.largest, np.array(learned.weight_scales, np.float32)
     levels = np.clip(np.round(weight / by_output(scale, weight, axis)), -most, most)

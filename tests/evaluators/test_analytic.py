@@ -6,11 +6,13 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from evaluators.calibration import LayerRanges, Range
 from evaluators.latency import measure_pair
+from evaluators.rounding import rounded_weight
 from evaluators.targets.analytic import Analytic, AnalyticSession, few_levels
 from evaluators.targets.base import Predicting, Target
 from evaluators.targets.registry import target_named
@@ -140,11 +142,9 @@ def test_layers_round_to_the_levels_of_their_bits(bits: int) -> None:
     read = (np.clip(np.round(image / scale) + zero, 0, 2**bits - 1) - zero) * scale
     weight = numpy_helper.to_array(graph.graph.initializer[0])
     most = 2 ** (bits - 1) - 1
-    steps = np.abs(weight).reshape(10, -1).max(1).reshape(10, 1, 1, 1) / most
+    levels = rounded_weight(torch.from_numpy(weight.copy()), most).numpy()  # as damage and training have it
     few = convolutions()
-    few.graph.initializer[0].CopyFrom(
-        numpy_helper.from_array((np.round(weight / steps) * steps).astype(np.float32), "network.a.weight")
-    )
+    few.graph.initializer[0].CopyFrom(numpy_helper.from_array(levels, "network.a.weight"))
     np.testing.assert_allclose(run(lowered, image), run(few, read.astype(np.float32)), rtol=1e-3, atol=1e-5)
     assert len(lowered.SerializeToString()) < len(before) + 900
 
