@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from spaces.best_boxes import best_decoded
 from spaces.detectors.base import Category, Detector, Postprocess
 from spaces.suppression import suppress
+
+FAR_APART = 2.0**16
+"""Pixels from which on a corner in float32 has less than seven binary places."""
 
 
 class WholeDetector(nn.Module):
@@ -30,6 +34,7 @@ class WholeDetector(nn.Module):
 
     category_ids: Tensor
     far_corner: Tensor
+    places: Tensor
 
     def __init__(
         self,
@@ -44,6 +49,9 @@ class WholeDetector(nn.Module):
         height, width = detector.preprocess.size
         corner = torch.tensor([width, height, width, height], dtype=torch.float32)
         self.register_buffer("far_corner", corner, persistent=False)
+        self._side = max(height, width) + 1.0
+        if len(categories) * self._side > FAR_APART:
+            self.register_buffer("places", _places(len(categories)) * self._side, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         own = getattr(self.detector, "best_boxes", partial(best_decoded, self.detector))
@@ -53,11 +61,20 @@ class WholeDetector(nn.Module):
         """Final boxes, scores and labels out of the best boxes.
 
         Boxes are kept inside the image; a class moved by more than its side then overlaps no other class, so
-        one suppression over all boxes does the work of one per class.
+        one suppression over all boxes does the work of one per class. Many classes lie in a square instead of
+        along a diagonal: the farther out, the coarser are numbers in float32.
         """
         rules = self.postprocess
         boxes = torch.minimum(boxes.clamp(min=0), self.far_corner)
-        side = max(self.detector.preprocess.size) + 1.0
-        apart = boxes + (classes.to(boxes.dtype) * side).unsqueeze(1)
+        if hasattr(self, "places"):
+            apart = boxes + self.places[classes]
+        else:
+            apart = boxes + (classes.to(boxes.dtype) * self._side).unsqueeze(1)
         final = suppress(apart, scores, rules.nms_iou, rules.score_threshold, rules.max_detections)
         return boxes[final], scores[final], self.category_ids[classes[final]]
+
+
+def _places(count: int) -> Tensor:
+    """Where each of so many classes lies in a square of them, `(count, 4)` xyxy in squares' sides."""
+    numbers, columns = torch.arange(count), math.isqrt(count - 1) + 1
+    return torch.stack((numbers % columns, numbers // columns), dim=1).repeat(1, 2).float()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 from evaluators.postprocess import WholeDetector
 from evaluators.torch_session import TorchSession
@@ -174,6 +174,39 @@ def test_no_detection_at_all_is_no_crash(tmp_path: Path, engine: str) -> None:
         compiled = pytest.importorskip("openvino").Core().compile_model(path, "CPU")
         boxes, scores, labels = compiled({"images": images.numpy()}).values()
     assert (boxes.shape, scores.shape, labels.shape) == ((0, 4), (0,), (0,))
+
+
+def test_boxes_of_many_classes_keep_their_places(tmp_path: Path) -> None:
+    """1203 of 1280 pixels, as LVIS has: one behind the other, corners would be an eighth of a pixel apart."""
+    detector = WholeDetector(
+        nn.Identity(),
+        YoloX("tiny", 1203, (1280, 1280), depth=0.33, width=0.125),
+        Postprocess(score_threshold=0.0, nms_iou=0.65),
+        [Category(k, str(k)) for k in range(1203)],
+    )
+    assert detector.places.max() < 2**16
+    assert len(detector.places.unique(dim=0)) == 1203
+    assert not hasattr(whole(), "places"), "files of few classes stay as they are"
+    random = torch.Generator().manual_seed(0)
+    corner = torch.rand(400, 2, generator=random) * 40 + 300
+    boxes = torch.cat((corner, corner + torch.rand(400, 2, generator=random) * 6 + 4), dim=1)
+    scores, classes = torch.rand(400, generator=random), torch.arange(400) % 2 * 1200 + 1
+    kept = torch.cat([(classes == k).nonzero()[:, 0] for k in (1, 1201)])
+    alone = [kept[classes[kept] == k] for k in (1, 1201)]
+    stay = torch.cat([one[nms(boxes[one], scores[one], 0.65)] for one in alone])
+    stay = stay[scores[stay].argsort(descending=True)][:100]
+    assert torch.equal(detector.suppressed(boxes, scores, classes)[1], scores[stay])
+    detector.forward = detector.suppressed  # type: ignore[method-assign]
+    names, path = ["boxes", "scores", "classes"], tmp_path / "model.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = (boxes, scores, classes)
+        torch.onnx.export(detector, given, path, dynamo=False, opset_version=17, input_names=names)
+    feed = {name: one.numpy() for name, one in zip(names, given, strict=True)}
+    found = pytest.importorskip("onnxruntime").InferenceSession(path).run(None, feed)[1]
+    np.testing.assert_array_equal(found, scores[stay])
+    compiled = pytest.importorskip("openvino").Core().compile_model(path, "CPU")
+    np.testing.assert_array_equal(list(compiled(list(feed.values())).values())[1], scores[stay])
 
 
 class Scored:
