@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from evaluators.targets.base import Detections, Session
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
 from spaces.detectors.base import Detector, postprocess_of
+from spaces.detectors.folding import with_copies
 from spaces.detectors.own import built
 from spaces.detectors.registry import licence_of, make_detector
 from spaces.detectors.weights import load_weights
@@ -44,6 +45,8 @@ from spaces.methods.topk import PreNmsTopK
 from spaces.recipe import Gate, Prune, Recipe, Resize, TopK, identity
 from spaces.sites import Sites, find_sites
 from spaces.space import MAX_PARAMETERS, SearchSpace, build_space
+
+T = TypeVar("T")
 
 
 class Bench:
@@ -258,19 +261,24 @@ class Bench:
             bits: by layer of the base, for all factors of it; layers that are missing are float32.
             recipe: for the card.
             directory: where the pair goes.
-            learned: of a draft that rounded in training: ranges and scales of its integer layers.
+            learned: of a draft that rounded in training: ranges and scales of the layers that did.
         """
-        widths = by_part(network, dict.fromkeys(self.sites.facts, 32) | bits)
-        asked = by_part(network, integers_by_layer(recipe, self.sites))
+        whole, ranges = self.whole(network, recipe), dict[str, LayerRanges]()
+
+        def by_module(layers: Mapping[str, T]) -> dict[str, T]:
+            return with_copies(network, whole.network, by_part(network, layers))
+
+        widths = by_module(dict.fromkeys(self.sites.facts, 32) | bits)
+        asked = by_module(integers_by_layer(recipe, self.sites))
         narrow = {layer: asked.get(layer, (8, 8)) for layer, width in widths.items() if width <= 8}
         widths |= {layer: self.capabilities.runs_at(widths[layer]) for layer in narrow}
-        whole, ranges = self.whole(network, recipe), {}
-        cluster_layers(whole.network, by_part(network, codebooks_by_layer(recipe, self.sites)))
-        if learned:
-            ranges = {layer: LayerRanges.from_plain(learned[layer]) for layer in narrow}
-        elif narrow:
-            ranges = self._calibrated(whole.network, narrow)
-            if self.config.quantization.bias_correction:
+        cluster_layers(whole.network, by_module(codebooks_by_layer(recipe, self.sites)))
+        if narrow:
+            known = learned or {}
+            others = {layer: asked_for for layer, asked_for in narrow.items() if layer not in known}
+            ranges = self._calibrated(whole.network, others) if others else {}
+            ranges |= {layer: LayerRanges.from_plain(known[layer]) for layer in narrow if layer in known}
+            if not known and self.config.quantization.bias_correction:
                 images = self.batch(self.fit, min(self.config.calibration_images, BIAS_IMAGES))
                 correct_biases(whole.network, ranges, images, int8_weight_levels())
         written = self.target.write(whole, widths, ranges, directory)

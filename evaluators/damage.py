@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -16,6 +17,7 @@ from evaluators.scored_damage import ScoredDamage
 from evaluators.signature import int8_weight_levels
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
+from spaces.detectors.folding import with_copies
 from spaces.effects import bits_by_layer, codebooks_by_layer, integers_by_layer
 from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
@@ -61,16 +63,12 @@ class Damage:
         network = self._repaired(draft.network) if draft.changed else draft.network
         widths = by_part(network, bits_by_layer(recipe, bench.sites))
         bits = {layer: width for layer, width in widths.items() if width < 32}
-        ranges: dict[str, LayerRanges] = {}
-        if bits:
-            ranges = self._ranges_of(network, [layer for layer, width in bits.items() if width <= 8])
-            for layer, (weight, activation) in by_part(
-                network, integers_by_layer(recipe, bench.sites)
-            ).items():
-                ranges[layer] = narrowed(ranges[layer], weight, activation)
         books = by_part(network, codebooks_by_layer(recipe, bench.sites))
         if bits or books:
-            network = bench.detector.simplified(network)
+            simplified = bench.detector.simplified(network)
+            bits, books = (with_copies(network, simplified, layers) for layers in (bits, books))
+            ranges = self._ranges_under(recipe, network, simplified, bits)
+            network = simplified
             cluster_layers(network, books)
             for layer in bits:
                 _round(network.get_submodule(layer), ranges.get(layer))
@@ -85,6 +83,15 @@ class Damage:
     def _repaired(self, network: nn.Module) -> nn.Module:
         measure_norms(network, [self._images])
         return network
+
+    def _ranges_under(
+        self, recipe: Recipe, network: nn.Module, simplified: nn.Module, bits: Mapping[str, int]
+    ) -> dict[str, LayerRanges]:
+        """Ranges of the integer layers among those with a bit-width below 32, in a recipe's levels."""
+        integers = by_part(network, integers_by_layer(recipe, self._bench.sites))
+        integers = with_copies(network, simplified, integers)
+        ranges = self._ranges_of(network, [layer for layer, width in bits.items() if width <= 8])
+        return {layer: narrowed(ranges[layer], *integers[layer]) for layer in ranges}
 
     def _ranges_of(self, network: nn.Module, layers: list[str]) -> dict[str, LayerRanges]:
         """Ranges of the base's layers, all calibrated at the first need; those of factors on the network."""

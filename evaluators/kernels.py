@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from evaluators.graph import SCOPE, scope_of
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def kernel_of(width: int, native: Sequence[int]) -> str:
@@ -43,6 +47,12 @@ def by_kind(kernels: Mapping[str, str]) -> dict[str, int]:
 def unseen(bits: Mapping[str, int], kernels: Mapping[str, str]) -> list[str]:
     """Layers of which the profile says nothing."""
     return [layer for layer in bits if layer not in kernels]
+
+
+def unchosen(bits: Mapping[str, int], kernels: Mapping[str, str], network: nn.Module) -> dict[str, str]:
+    """What runs modules of the network that have no bit-width: no recipe says how they are to run."""
+    modules = {name for name, _ in network.named_modules(remove_duplicate=False)}
+    return {name: kind for name, kind in kernels.items() if name in modules and name not in bits}
 
 
 def stored_and_run(

@@ -16,7 +16,7 @@ from evaluators.bench import Bench
 from evaluators.evaluation import Evaluation, Measurement
 from evaluators.exported import ModelCard, model_in
 from evaluators.jobs import StageReport
-from evaluators.kernels import by_kind, fell_back, stored_and_run, unseen
+from evaluators.kernels import by_kind, fell_back, stored_and_run, unchosen, unseen
 from evaluators.latency import PairedLatency
 from evaluators.memory import peak_memory_mb
 from evaluators.parity import ParityError, require_parity
@@ -26,6 +26,7 @@ from evaluators.targets.base import Predicting, Session
 from evaluators.tensor_time import tensor_share
 from evaluators.torch_session import TorchSession
 from spaces.apply import parameters, save
+from spaces.detectors.folding import with_copies
 from spaces.effects import bits_by_layer, widths_by_layer
 from spaces.layers import count_macs
 from spaces.lowrank import by_part
@@ -99,9 +100,11 @@ class Measuring:
         with bench.slot.computing():  # the profile loads and runs the model once more
             kernels = session.kernels()
         bits = by_part(draft.network, bits_by_layer(recipe, bench.sites))
+        bits = with_copies(draft.network, bench.detector.simplified(draft.network), bits)
         details = {
             "latency": paired.model_dump(mode="json"),
             **_kernels(kernels, bits, bench.capabilities.bit_widths),
+            "unchosen": unchosen(bits, kernels, draft.network),
             "stored": stored_and_run(bits, card.packed, kernels),
             "layers": self._layers(recipe),
             "factors": {name: [plan.kind, *plan.ranks] for name, plan in draft.factors.items()},

@@ -44,11 +44,11 @@ def tensors_of(
 
 def norms_behind(
     network: nn.Module, simplified: nn.Module, layers: Mapping[str, object], image: Tensor
-) -> dict[str, nn.Module]:
-    """The norms that `simplified` folds into layers, by the layer's name.
+) -> dict[str, tuple[nn.Module | None, ...]]:
+    """The norms that `simplified` folds into layers, by the layer's name; layers without any are left out.
 
-    A norm belongs to the layer whose output it reads, and is folded where `simplified` has another module,
-    or none, in its place.
+    A layer that levels share may have one for each, or none in some, which is None. A norm belongs to the
+    layer whose output it reads, and is folded where `simplified` has another module, or none, in its place.
     """
     there = dict(simplified.named_modules())
     folded = {
@@ -71,4 +71,8 @@ def norms_behind(
         module.training = True
     for handle in handles:
         handle.remove()
-    return {name: readers[key][0] for name, keys in written.items() for key in keys if key in readers}
+    found = {
+        name: tuple(dict.fromkeys(readers[key][0] if key in readers else None for key in keys))
+        for name, keys in written.items()
+    }
+    return {name: norms for name, norms in found.items() if norms not in ((), (None,))}

@@ -89,7 +89,8 @@ class FakeQuantized:
     Scales are learned with the weights (LSQ: Esser et al. 2020, arXiv 1902.08153), zero points and the
     numbers of levels stay as calibrated; gradients go straight through the rounding and stop where values
     are clipped. Weights are rounded as they are exported: after the norm behind them was folded in, which
-    therefore has to keep its statistics while it is trained (`nn.BatchNorm2d.eval`).
+    therefore has to keep its statistics while it is trained (`nn.BatchNorm2d.eval`). A layer that levels
+    share, with a norm for each, is several layers in the file, with other weights each: it does not round.
 
     Args:
         network: changed in place until `removed`.
@@ -110,7 +111,9 @@ class FakeQuantized:
         weight_levels: int | None = None,
     ) -> None:
         self._network, self._handles = network, list[Any]()
-        self._norms = norms_behind(network, simplified, ranges, image)
+        norms = norms_behind(network, simplified, ranges, image)
+        self._norms = {name: found[0] for name, found in norms.items() if found[0] is not None}
+        ranges = {name: spans for name, spans in ranges.items() if len(norms.get(name, ())) < 2}
         limit = int8_weight_levels() if weight_levels is None else weight_levels
         self._ranges = {name: replace(r, largest=min(r.largest, limit)) for name, r in ranges.items()}
         self._weights: dict[str, LearnedGrid] = {}

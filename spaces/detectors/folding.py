@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
@@ -12,6 +15,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from spaces.gates import ConstantGate
 from spaces.lowrank import Factors
 
+T = TypeVar("T")
 FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d)
 """Norms that `fold` takes; subclasses may compute an activation as well, and stay as they are."""
 
@@ -58,6 +62,27 @@ def fold_norms(network: nn.Module) -> None:
             if type(norm) in FOLDABLE and _produced(layer) == _channels(norm) > 0:
                 module.register_module(name, fold(layer, norm))
                 module.register_module(norm_name, nn.Identity())
+
+
+def with_copies(network: nn.Module, simplified: nn.Module, layers: Mapping[str, T]) -> dict[str, T]:
+    """What holds for layers of a network, for all modules that `simplified` has in their place.
+
+    A layer that levels share has a name in each of them. Where each has a norm of its own, folding makes a
+    layer of each name.
+    """
+    names: dict[nn.Module, list[str]] = defaultdict(list)
+    for name, module in network.named_modules(remove_duplicate=False):
+        names[module].append(name)
+    there = dict(simplified.named_modules(remove_duplicate=False))
+    found: dict[str, T] = {}
+    for layer, value in layers.items():
+        found[layer] = value
+        copies = {there.get(layer)}
+        for name in names[network.get_submodule(layer)]:
+            if name in there and there[name] not in copies:
+                found[name] = value
+                copies.add(there[name])
+    return found
 
 
 def _produced(layer: nn.Module) -> int:
