@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-RESULT_VERSION = 10
+RESULT_VERSION = 11
 """Goes up whenever figures of older versions are no longer comparable."""
 
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch is behind it, which a process that only serves need n
     from evaluators.calibration import LayerRanges, Range
 
 PREFIX = "analytic:"
-VERSION = 1
+VERSION = 2
 """Goes up whenever the same description predicts something else."""
 BITS = "paredown.bits"
 """Metadata of the file: bit-widths by layer that are not 32, as JSON."""
