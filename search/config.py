@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from evaluators.bench_config import BenchConfig
-from evaluators.ranking import TRAIN_STEP, Problem
+from evaluators.ranking import MAP_DROP, OBJECTIVES, TRAIN_STEP, Problem
 from spaces.detectors.own import located
 from spaces.detectors.published import weights_file
 from spaces.documents import refused
@@ -200,6 +200,8 @@ def read_limits(limits: list[str]) -> dict[str, Any]:
             field, limit = f"problem.limits.{name}", [operator, float(bound)]
         except ValueError:
             raise InputError("--limit", text, "write it as 'latency_ms<=8' or 'map>=30'") from None
+        if match and name not in (*OBJECTIVES, MAP_DROP):
+            raise InputError("--limit", text, f"choose a figure: {', '.join((*OBJECTIVES, MAP_DROP))}")
         if _IMPLIED.get(prefix, operator) != operator:
             raise InputError("--limit", text, f"contradicts itself; write {name}<={bound} or {name}>={bound}")
         if field in overrides:
@@ -208,9 +210,28 @@ def read_limits(limits: list[str]) -> dict[str, Any]:
     return overrides
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _TwiceError(yaml.constructor.ConstructorError):
+    """A field is there twice, the first of which YAML would forget without a word."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain data, no field of which is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != _MERGE:
+                raise _TwiceError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return dict(super().construct_mapping(node, deep))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise InputError("config", str(path), f"cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -218,7 +239,8 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" (line {mark.line + 1})" if mark else ""
-        raise InputError("config", str(path), f"is no YAML{where}") from None
+        twice = f": {error.problem}" if isinstance(error, _TwiceError) else ""
+        raise InputError("config", str(path), f"is no YAML{where}{twice}") from None
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise InputError("config", str(path), "must hold fields, such as 'model: yolox_nano'")
     return document

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,10 @@ from spaces.errors import InputError
 
 WorkerFactory: TypeAlias = Callable[[], Worker]
 """Picklable, without arguments; called once in every worker process."""
+
+
+ANSWER_S = 10.0
+"""A cluster takes a connection within so many seconds."""
 
 
 class _Finished(Enum):
@@ -76,6 +81,17 @@ class Pool:
         count = str(self.threads)
         names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
         return {**dict.fromkeys(names, count), **self.environment}
+
+
+def require_cluster(address: str) -> None:
+    """Raises InputError where nobody listens at HOST:PORT, which Ray would try for more than a minute."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():
+        return  # `auto`, or a form that Ray alone knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise InputError("address", address, f"no Ray cluster there: {error}") from None
 
 
 class JobSource(Protocol):

@@ -8,6 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from spaces.errors import InputError
 
+_MISSHAPEN = ("missing", "tuple_type", "too_long", "too_short")
+
 
 def refused(
     error: ValidationError,
@@ -21,7 +23,7 @@ def refused(
         error: as pydantic raised it. An `InputError` of a validator is passed on under its full name.
         source: where the document came from, such as its file; stands before the field.
         model: of the whole document; its fields are listed where one is misspelt.
-        remedies: by name of a field, what to say where it is missing, or is no list.
+        remedies: by name of a field, what to say where it is missing, or is no list of the right length.
     """
     # A misspelt field explains one that is missing.
     first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
@@ -38,8 +40,10 @@ def refused(
     if first["type"] == "extra_forbidden":
         known = ", ".join(_fields(model, location[:-1]))
         return InputError(field, None, f"no such field; there are: {known}" if known else "no such field")
-    if first["type"] in ("missing", "tuple_type") and location[-1] in remedies:
+    if first["type"] in _MISSHAPEN and location[-1] in remedies:
         return InputError(field, value, remedies[location[-1]])
+    if first["type"] == "tuple_type":
+        return InputError(field, value, f"write a list, such as [{value}]")
     if first["type"] == "missing":
         return InputError(field, None, "is missing")
     said = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")

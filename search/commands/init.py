@@ -135,7 +135,7 @@ def init(
         if checkpoint is None
         else f"checkpoint: {_quoted(str(checkpoint))}",
         methods=", ".join(methods),
-        others=", ".join(kind for kind in METHODS if kind not in methods),
+        others=", ".join(kind for kind in METHODS if kind not in methods and asked.get(kind, True)),
         format="coco" if annotation_files(root) else "yolo",
         fit=_quoted(trains.whole) if trains.whole else _described(trains),
         select=f"\n  select_fraction: 0.2   # of fit: {len(splits['select'].images)} images, to choose by"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,10 @@ def search(
     ] = None,
     target: Target = None,
     sampler: Annotated[
-        str | None, typer.Option("--sampler", help="front, tpe, nsga2, random, ...", metavar="NAME")
+        str | None,
+        typer.Option(
+            "--sampler", help="front, tpe, nsga2, nsga3, gp, random, or module:Class.", metavar="NAME"
+        ),
     ] = None,
     seeds: Annotated[
         bool | None,
@@ -102,7 +106,8 @@ def search(
     from search.source import BaseFailedError, RepeatedFailureError
     from search.strategy import sampler_named
     from search.warm_start import take_over
-    from search.workers import Pool, WorkersUnusableError
+    from search.workers import Pool, WorkersUnusableError, require_cluster
+    from spaces.errors import InputError
     from spaces.table import SpaceTable
 
     changes = overrides(data, checkpoint, target, threads, seed, max_map_drop, limit) | {
@@ -118,9 +123,17 @@ def search(
     settings = load_config(config, changes)
     tell_licence(settings.model)
     _ = settings.rungs  # refused before anything is made
+    cores = os.cpu_count()
+    if address is None and cores is not None and settings.threads > cores:
+        raise InputError("threads", settings.threads, f"this machine has {cores} cores")
+    if address is not None:
+        require_cluster(address)
     if settings.search.sampler != "front":
         sampler_named(settings.search.sampler)  # before anything is made
     bench = prepared_bench(settings)
+    if not bench.space.parameters:
+        methods = ", ".join(settings.space.methods) or "none"
+        raise InputError("space.methods", methods, "nothing of this detector could change; name others")
     advise(settings, bench)
     source = _warm_source(settings, bench, storage)
     opened = open_for(settings, bench, storage, new_reference)

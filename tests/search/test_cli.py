@@ -195,12 +195,22 @@ def test_bad_arguments(
         ({"problem": {"objectives": ["map"]}}, "at least two"),
         ({"name": "a/b"}, "use letters"),
         ({"space": {"methods": ["prayer"]}}, "choose from"),
+        ({"space": {"methods": "prune"}}, "write a list, such as [prune]"),
+        ({"space": {"methods": []}}, "space.methods: 'none': nothing of this detector could change"),
+        ({"size": [320, 320, 3]}, "write it as [height, width] in pixels"),
+        ({"threads": 100_000}, "this machine has"),
     ],
 )
 def test_bad_configurations(
     here: Path, data: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], said: str
 ) -> None:
     assert said in refused(capsys, "search", config(data, **changes))
+
+
+def test_a_cluster_that_is_none(here: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "search", config(data), "--address", "127.0.0.1:9")
+    assert "address: '127.0.0.1:9': no Ray cluster there" in said
+    assert not (here / "runs" / "paredown.db").exists()
 
 
 def test_a_malicious_pickle_runs_nothing(here: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

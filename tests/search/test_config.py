@@ -123,6 +123,7 @@ def test_the_configurations_of_the_project_are_read(file: Path) -> None:
         ({**LEAST, "checkpoint": "COCO_V1"}, "checkpoint", "publishes none for yolox_nano"),
         ("- a\n- b\n", "config", "must hold fields"),
         ("a: [1, 2\nb: 3\n", "config", "is no YAML (line 2)"),
+        ("model: a\nspace: {methods: [a, a]}\nmodel: b\n", "config", "(line 3): model is there twice"),
     ],
 )
 def test_one_line_says_what_is_wrong(tmp_path: Path, document: Any, field: str, remedy: str) -> None:
@@ -164,6 +165,8 @@ def test_a_limit_must_be_written_as_one(text: str) -> None:
         read_limits(["latency_ms>=2", "latency_ms<=8"])
     with pytest.raises(InputError, match=r"latency_ms<=8"):
         read_limits([text])
+    with pytest.raises(InputError, match=r"--limit: 'beauty<=2': choose a figure: map, "):
+        read_limits(["beauty<=2"])
 
 
 def test_a_limit_may_say_max_or_min_where_it_means_it() -> None:
