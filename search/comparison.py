@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,16 @@ ROUNDS = LatencyConfig(min_rounds=60, max_rounds=240, target_spread=0.01)
 SECONDS_A_MODEL = 6.0
 MAY_LOSE = 1.0
 """AP that the fastest peer may lose, and the fastest of what the search found beside it."""
+PACKAGES = (
+    "torch",
+    "torch-pruning",
+    "nncf",
+    "onnxruntime",
+    "olive-ai",
+    "model-compression-toolkit",
+)
+SHOWN_AP = 8.0
+"""A picture shows peers down to so far below its best model."""
 TRIAL = "trial "
 """Begins the names of what the search found; all others are peers."""
 
@@ -37,6 +49,8 @@ class Compared:
         map, map_50: on each split, AP in 0..100, by the split's name.
         difference: to the base on each split, with a 95 % interval: (value, low, high).
         ratio: latency over the base's, (value, low, high).
+        times_ms: of each round; round `i` of every model ran beside the same round of the base.
+        recipe: of what the search found, as JSON; None of all others.
     """
 
     name: str
@@ -45,6 +59,8 @@ class Compared:
     map_50: Mapping[str, float]
     difference: Mapping[str, tuple[float, float, float]]
     ratio: tuple[float, float, float]
+    times_ms: tuple[float, ...] = ()
+    recipe: Mapping[str, Any] | None = None
 
 
 def compare(
@@ -79,17 +95,23 @@ def compare(
             figures[name][split_name], found[name] = benches[name].scored(session, split)
         for name in models:
             differences[name][split_name] = map_difference_interval(split, found[name], found[base])
-    return [
-        Compared(
-            name,
-            _megabytes(file),
-            {s: figures[name][s]["map"] for s in splits},
-            {s: figures[name][s]["map_50"] for s in splits},
-            differences[name],
-            (paired[name].ratio, paired[name].low, paired[name].high) if name in paired else (1.0, 1.0, 1.0),
+    rows = []
+    for name, (_, file) in models.items():
+        timed = paired.get(name)
+        times = timed.candidate_ms if timed else next(iter(paired.values())).base_ms
+        rows.append(
+            Compared(
+                name,
+                _megabytes(file),
+                {s: figures[name][s]["map"] for s in splits},
+                {s: figures[name][s]["map_50"] for s in splits},
+                differences[name],
+                (timed.ratio, timed.low, timed.high) if timed else (1.0, 1.0, 1.0),
+                tuple(round(ms, 4) for ms in times.samples),
+                ModelCard.beside(file).recipe.model_dump(mode="json") if name.startswith(TRIAL) else None,
+            )
         )
-        for name, (_, file) in models.items()
-    ]
+    return rows
 
 
 def bench_of(bench: Bench, file: Path) -> Bench:
@@ -115,7 +137,12 @@ def fastest(rows: Sequence[Compared], split: str, *, peer: bool) -> Compared | N
 
 
 def write_report(
-    file: Path, title: str, rows: Sequence[Compared], taken: int | None, facts: Mapping[str, Any]
+    file: Path,
+    title: str,
+    rows: Sequence[Compared],
+    taken: int | None,
+    facts: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a comparison as Markdown, and as JSON beside it.
 
@@ -123,6 +150,7 @@ def write_report(
         file: `.md`.
         taken: the trial that `finish` takes by itself; None where none is good enough.
         facts: hardware, versions, command, date.
+        settings: of the study, for the JSON: with the recipes, others can make the models again.
     """
     splits = list(rows[0].map)
     against = fastest(rows, splits[-1], peer=True)
@@ -134,7 +162,8 @@ def write_report(
         cells = [row.name, *[f"{row.map[s]:.2f}" for s in splits], *_figures(row, splits, against)]
         body.append([*cells, f"{row.size_mb:.2f}"])
     lines = [*_verdict(rows, splits[-1], against, taken), "", *table(head, body)]
-    write(file, title, lines, {"models": [asdict(row) for row in rows], "taken": taken}, facts)
+    content = {"settings": settings, "taken": taken, "models": [asdict(row) for row in rows]}
+    write(file, title, lines, content, facts, indent=None)
 
 
 def _verdict(rows: Sequence[Compared], split: str, against: Compared, taken: int | None) -> list[str]:
@@ -190,14 +219,22 @@ def write_picture(
                     ratio_high=high,
                 )
             )
-    best = max(row.map[split] for row in compared)
-    peers = [
-        Peer(row.name, row.map[split], *row.ratio)
-        for row in compared[1:]
-        if not row.name.startswith(TRIAL) and row.map[split] > best - 8
-    ]
+    lowest = max(row.map[split] for row in compared) - SHOWN_AP
+    peers = [Peer(r.name, r.map[split], *r.ratio) for r in compared[1:] if not r.name.startswith(TRIAL)]
+    shown = [peer for peer in peers if peer.map > lowest]
+    if len(shown) < len(peers):
+        subtitle += f"; {len(peers) - len(shown)} peers below {lowest:.0f} AP not shown"
     base = replace(front.base, map=compared[0].map[split], split=split, role="", latency_ratio=1.0)
-    front_png(file, rows, base, peers=peers, title=title, subtitle=subtitle)
+    front_png(file, rows, base, peers=shown, title=title, subtitle=subtitle)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that make peers, as far as they are installed."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def facts_of(bench: Bench, command: str) -> dict[str, str]:

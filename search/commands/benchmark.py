@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,9 @@ from search.commands.replay import gather, replay_search
 from search.commands.rung_replay import replay_rungs
 
 benchmark = typer.Typer(help="Reproduce the published comparisons.", rich_markup_mode=None)
+
+_OF_THIS_MACHINE: Any = {"data": {"root"}, "checkpoint": True, "cache": True}
+"""Settings of a study that no other machine shares: paths."""
 
 
 @benchmark.callback()
@@ -71,7 +74,7 @@ def peers(
     from evaluators.bench import Bench
     from evaluators.exported import ModelCard, model_in
     from evaluators.measuring import BASE_FOLDER, FURTHER_FOLDER
-    from search.comparison import MAY_LOSE, TRIAL, compare, facts_of, write_picture, write_report
+    from search.comparison import MAY_LOSE, TRIAL, compare, facts_of, versions, write_picture, write_report
     from search.front import best_within, front_of, subtitle_of
     from search.judge import base_evaluation, base_number, gain_of_training_further
     from search.peers.all_peers import peers_of
@@ -79,7 +82,8 @@ def peers(
     from spaces.errors import InputError
 
     opened = load_study(study, url=storage)
-    bench = Bench(config_of(opened, overrides(data, checkpoint)).bench)
+    settings = config_of(opened, overrides(data, checkpoint))
+    bench = Bench(settings.bench)
     base, evaluation = base_number(opened), base_evaluation(opened)
     if base is None or evaluation is None:
         raise InputError("study", study, "has no base yet; let the search run until its first trial")
@@ -99,7 +103,8 @@ def peers(
     splits = split or ["select", "report"]
     rows = compare(bench, models, reference, splits, say)
     report = output / f"peers_{study}.md"
-    facts = facts_of(bench, benchmark_command())
+    facts = facts_of(bench, benchmark_command()) | versions()
+    facts["result version"] = str(opened.fingerprint["result version"])
     if peers.left_out:
         facts["left out"] = "; ".join(f"{name} ({reason})" for name, reason in peers.left_out.items())
     title = f"Front of {study} and its peers"
@@ -107,7 +112,8 @@ def peers(
         taken = best_within(front, MAY_LOSE).number
     except InputError:
         taken = None
-    write_report(report, title, rows, taken, facts)
+    shared = settings.model_dump(mode="json", exclude=_OF_THIS_MACHINE)
+    write_report(report, title, rows, taken, facts, shared)
     write_picture(report.with_suffix(".png"), front, rows, splits[-1], title, subtitle_of(opened))
     say(report.read_text())
     return 0

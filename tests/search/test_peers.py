@@ -81,6 +81,9 @@ def test_all_peers_find_what_the_base_finds(
     assert found["torch-pruning 50%, bf16"][1].stat().st_size < 0.7 * base.stat().st_size
     names = (first, "torch-pruning 50%, int8 + bf16", "ONNX Runtime QDQ, conv only", small)
     rows = compare(bench, {name: found[name] for name in names}, first, ["select"], lambda line: None)
+    assert [len(row.times_ms) for row in rows] == [len(rows[0].times_ms)] * len(rows), "round by round"
+    assert len(rows[0].times_ms) >= 8
+    assert {row.recipe for row in rows} == {None}, "peers have none"
     ap = {row.name: row.map["select"] for row in rows}
     assert ap[first] > 20
     assert min(ap["ONNX Runtime QDQ, conv only"], ap[small]) > 5, "in pixels of the originals"
