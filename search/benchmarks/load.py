@@ -14,6 +14,7 @@ from evaluators.finetune import fine_tune
 from evaluators.quiet import QuietSlot
 from spaces.apply import apply
 from spaces.errors import InputError
+from spaces.layers import learning
 
 READY_WITHIN_S = 600.0
 
@@ -60,7 +61,7 @@ def _await(process: multiprocessing.process.BaseProcess, event: Event) -> None:
 def _train(config: BenchConfig, slot: Path, ready: Event, seed: int) -> None:
     bench = Bench(config, QuietSlot(slot))
     draft = apply(bench.base, bench.identity, bench.sites)
-    draft.network.requires_grad_(True)
+    learning(draft.network, bench.frozen)
     teacher, images = bench.teacher, bench.fit
     ready.set()
     while True:

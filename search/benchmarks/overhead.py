@@ -190,7 +190,7 @@ def _simulated(found: Overhead) -> list[str]:
         "trials. Stale: trials that were told between a trial's ask and its tell.",
     ]
     for kind, each in found.simulated.items():
-        head = ["workers", "trials/h", "most possible", "workers busy", "driver busy", "driver s/trial"]
+        head = ["workers", "trials/h", "at 60 s each", "workers busy", "driver busy", "driver s/trial"]
         head += ["stale, median (90 %)", "database s/trial", "statements/trial", "change first"]
         lines += ["", f"{kind}:", "", *table(head, [_row(one) for one in each])]
         last = each[-1]

@@ -18,6 +18,7 @@ from evaluators.targets.base import Session
 from search.strategy import probe_recipes
 from spaces.apply import apply
 from spaces.effects import bits_by_layer
+from spaces.layers import learning
 from spaces.methods.base import Draft
 from spaces.recipe import Recipe
 from spaces.table import Options, SpaceTable
@@ -64,7 +65,7 @@ def exported(bench: Bench, recipe: Recipe, folder: Path, trained: bool = False) 
 
 
 def _train_rounded(bench: Bench, draft: Draft, recipe: Recipe) -> None:
-    network, config = draft.network.requires_grad_(True), bench.config
+    network, config = learning(draft.network, bench.frozen), bench.config
     with bench.slot.computing():
         fake = fake_quantized(bench, draft, recipe)
     plan = config.finetune

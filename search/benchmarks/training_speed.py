@@ -19,6 +19,7 @@ from search.benchmarks.method_recipes import SPARSITY, recipe_of
 from search.benchmarks.plain_loop import plain_fine_tune
 from search.benchmarks.reports import signed, table, write
 from spaces.apply import apply
+from spaces.layers import learning
 from spaces.methods.base import Draft
 from spaces.recipe import Prune, Recipe
 
@@ -109,12 +110,12 @@ def _compared(
     bench: Bench, name: str, recipe: Recipe, draft: Draft, seed: int, folder: Path, say: Callable[[str], None]
 ) -> list[Trained]:
     plan = bench.config.finetune
-    networks: dict[str, nn.Module] = {PLAIN: deepcopy(draft.network).requires_grad_(True)}
+    networks: dict[str, nn.Module] = {PLAIN: learning(deepcopy(draft.network), bench.frozen)}
     runs: dict[str, Iterator[Epoch]] = {PLAIN: plain_fine_tune(networks[PLAIN], bench, plan, seed)}
     for way, own in ways_of(plan).items():
         if own.frozen_prefix and name == EVERYWHERE:
             continue  # nothing is left as it was
-        networks[way] = network = deepcopy(draft.network).requires_grad_(True)
+        networks[way] = network = learning(deepcopy(draft.network), bench.frozen)
         loop = (network, bench.detector, bench.fit, bench.teacher, own, bench.slot, seed)
         runs[way] = fine_tune(*loop, changed=draft.changed_modules)
     seconds = dict.fromkeys(runs, 0.0)

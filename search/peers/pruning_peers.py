@@ -12,6 +12,7 @@ from evaluators.bench import Bench
 from evaluators.finetune import fine_tune
 from search.peers.models import PeerModel
 from search.peers.nncf_peers import quantised
+from spaces.layers import learning
 from spaces.norms import TRACED_NORMS
 
 RATIOS = (0.125, 0.25, 0.5)
@@ -39,7 +40,7 @@ def pruned_peers(bench: Bench, directory: Path) -> list[PeerModel]:
 
 
 def _prune(bench: Bench, ratio: float, folder: Path) -> None:
-    network = copy.deepcopy(bench.base).requires_grad_(True)
+    network = learning(copy.deepcopy(bench.base), bench.frozen)
     kept = bench.detector.output_layers(network)
     with bench.slot.computing():
         pruner = tp.pruner.BasePruner(
