@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from spaces.table import Options
 
 IN_A_ROW = 5
-"""So many failures of one kind, with nothing that succeeds in between, are not the candidates' own."""
+"""So many failures of one kind, with nothing that succeeds in between, may not be the candidates' own."""
 
 
 def chances(worked: Options, failed: Options, most: int) -> NDArray[np.float64]:

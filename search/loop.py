@@ -59,7 +59,6 @@ def run_search(
     Raises:
         InputError: `trials` below 1, or raised by the factory in a worker.
         BaseFailedError: the base model itself failed.
-        RepeatedFailureError: one trial after another failed in the same way.
         WorkersUnusableError: workers cannot be started.
     """
     if trials < 1:

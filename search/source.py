@@ -43,16 +43,6 @@ class BaseFailedError(RuntimeError):
         super().__init__(f"the base model failed in stage {stage}: {reason}{shown}")
 
 
-class RepeatedFailureError(RuntimeError):
-    """One trial after another fails in the same way, so what is wrong is not the candidates."""
-
-    def __init__(self, times: int, stage: str, reason: str) -> None:
-        super().__init__(
-            f"stopped: {times} trials in a row failed in stage {stage}: {reason}. Finished trials are kept, "
-            "and the same command goes on once that is mended"
-        )
-
-
 @dataclass
 class _Running:
     job: Job
@@ -273,9 +263,11 @@ class StudySource:
         if candidate.recipe.is_identity:
             raise BaseFailedError(stage, reason, traceback)
         self._streak.add(stage, reason)
-        # What runs beside it began before most of these, and may yet succeed where failing is quick.
-        if self._streak.length >= max(IN_A_ROW, len(self._running)):
-            raise RepeatedFailureError(self._streak.length, stage, reason)
+        if self._streak.length == IN_A_ROW:
+            self._progress.say(
+                f"{IN_A_ROW} trials in a row failed like this, so it may not be their recipes. Ctrl-C stops "
+                "the search, and the same command goes on once that is mended"
+            )
 
     def _told(self, candidate: Candidate, what: Callable[[], str], failed: bool = False) -> None:
         self._driver.release(candidate.writer.id)

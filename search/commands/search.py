@@ -103,7 +103,7 @@ def search(
     from search.loop import run_search
     from search.progress import Progress, duration
     from search.reference import renew_reference
-    from search.source import BaseFailedError, RepeatedFailureError
+    from search.source import BaseFailedError
     from search.strategy import sampler_named
     from search.warm_start import take_over
     from search.workers import Pool, WorkersUnusableError, require_cluster
@@ -161,7 +161,7 @@ def search(
             ),
             progress=Progress(total, workers=settings.search.workers),
         )
-    except (BaseFailedError, RepeatedFailureError, WorkersUnusableError) as error:
+    except (BaseFailedError, WorkersUnusableError) as error:
         print(f"paredown: {error}", file=sys.stderr)
         return 1
     if outcome.stopped:

@@ -23,7 +23,8 @@ from evaluators.jobs import Job
 from search.asking import derived_seed
 from search.chosen import front_numbers
 from search.loop import run_search
-from search.source import BaseFailedError, RepeatedFailureError
+from search.progress import Progress
+from search.source import BaseFailedError
 from search.study import SearchStudy
 from search.trials import counts, recipe_of
 from search.workers import Pool
@@ -93,17 +94,19 @@ def test_candidates_that_fail_crash_or_are_nan_count_and_are_explained(tmp_path:
     assert [t.values for t in base] == [[80.0, 10.0]]
 
 
-def test_failures_of_one_kind_in_a_row_end_the_search_which_then_goes_on(tmp_path: Path, pool: Pool) -> None:
+def test_failures_of_one_kind_in_a_row_are_told_once_and_end_nothing(
+    tmp_path: Path, pool: Pool, capsys: pytest.CaptureFixture[str]
+) -> None:
     study = toy_study(tmp_path)
     for a in (0.25, 0.5, 0.75):
         for b in (0.25, 0.5):
             study.optuna.enqueue_trial({"a": a, "b": b, "c": 0.25})
-    line = "stopped: 5 trials in a row failed in stage finetune: ValueError: loss is not finite. Finished"
-    with pytest.raises(RepeatedFailureError, match=line):
-        run_search(study, toy_parts("abc"), fake_workers.ToyWorker, trials=20, pool=pool)
-    assert summary(study) == {"COMPLETE": 1, "FAIL": 5, "WAITING": 1}
-    outcome = run_search(study, toy_parts("abc"), fake_workers.ToyWorker, trials=7, pool=pool)
-    assert outcome.finished == 7
+    progress = Progress(7)
+    outcome = run_search(
+        study, toy_parts("abc"), fake_workers.ToyWorker, trials=7, pool=pool, progress=progress
+    )
+    assert (outcome.finished, outcome.failed) == (7, 6)
+    assert " ".join(capsys.readouterr().out.split()).count("5 trials in a row failed like this") == 1
 
 
 def test_a_small_space_is_evaluated_once_and_the_search_still_ends(tmp_path: Path, pool: Pool) -> None:
