@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,9 @@ def onnxruntime_peers(bench: Bench, base: Path, directory: Path, reduced: Reduce
         directory: where the quantised files go.
         reduced: of `reduced_inputs`.
     """
-    plain = [("ONNX Runtime f32", base)]
-    plain += [(f"ONNX Runtime f32, {shown}", file) for shown, (_, file) in reduced.items()]
-    quantised = with_smallest(_quantised, bench, base, directory, reduced)
-    return [*(PeerModel(name, file, "onnxruntime") for name, file in plain), *quantised]
+    plain = PeerModel("ONNX Runtime f32", base, "onnxruntime")
+    small = [replace(plain, name=f"{plain.name}, {shown}", model=file) for shown, (_, file) in reduced.items()]
+    return [plain, *with_smallest(_quantised, bench, base, directory, reduced), *small]
 
 
 def _quantised(bench: Bench, base: Path, directory: Path) -> list[PeerModel]:
