@@ -33,7 +33,8 @@ def onnxruntime_peers(bench: Bench, base: Path, directory: Path, reduced: Reduce
         reduced: of `reduced_inputs`.
     """
     plain = PeerModel("ONNX Runtime f32", base, "onnxruntime")
-    small = [replace(plain, name=f"{plain.name}, {shown}", model=file) for shown, (_, file) in reduced.items()]
+    files = {f"{plain.name}, {shown}": file for shown, (_, file) in reduced.items()}
+    small = [replace(plain, name=name, model=file) for name, file in files.items()]
     return [plain, *with_smallest(_quantised, bench, base, directory, reduced), *small]
 
 
