@@ -23,7 +23,7 @@ _LIMIT = re.compile(r"(max_|min_)?(\w+?)\s*(<=|>=)\s*([-+.\deE]+)")
 _IMPLIED = {"max_": "<=", "min_": ">="}
 _PATHS = ("checkpoint", "data.root", "data.fit", "data.select", "data.report")
 _CLASSES = ("model", "search.sampler")
-"""Looked for beside the configuration first, then in the working directory."""
+"""Both are looked for beside the configuration first, then in the working directory."""
 
 _REMEDIES = {
     "checkpoint": "name the weights here or with --checkpoint: a file, or COCO_V1",
@@ -221,11 +221,12 @@ class _Loader(yaml.SafeLoader):
     """Reads plain data, no field of which is there twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen and key.tag != _MERGE:
-                raise _TwiceError(None, None, f"{key.value} is there twice", key.start_mark)
-            seen.add(str(key.value))
+            name = str(key.value)  # a key may be a list, which is refused as such
+            if name in seen and key.tag != _MERGE:
+                raise _TwiceError(None, None, f"{name} is there twice", key.start_mark)
+            seen.add(name)
         return dict(super().construct_mapping(node, deep))
 
 

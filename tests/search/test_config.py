@@ -123,6 +123,7 @@ def test_the_configurations_of_the_project_are_read(file: Path) -> None:
         ({**LEAST, "checkpoint": "COCO_V1"}, "checkpoint", "publishes none for yolox_nano"),
         ("- a\n- b\n", "config", "must hold fields"),
         ("a: [1, 2\nb: 3\n", "config", "is no YAML (line 2)"),
+        ("? [a, b]\n: c\n", "config", "is no YAML (line 1)"),
         ("model: a\nspace: {methods: [a, a]}\nmodel: b\n", "config", "(line 3): model is there twice"),
     ],
 )
