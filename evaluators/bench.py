@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,22 +31,19 @@ from evaluators.targets.base import Detections, Session
 from evaluators.targets.registry import target_named
 from evaluators.teacher import TeacherOutputs
 from spaces.detectors.base import Detector, postprocess_of
-from spaces.detectors.folding import with_copies
+from spaces.detectors.folding import by_module
 from spaces.detectors.own import built
 from spaces.detectors.registry import licence_of, make_detector
 from spaces.detectors.weights import load_weights
 from spaces.effects import codebooks_by_layer, integers_by_layer
 from spaces.inputs import Size
 from spaces.layers import frozen_parameters
-from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
 from spaces.methods.resize import Resizing
 from spaces.methods.topk import PreNmsTopK
 from spaces.recipe import Gate, Prune, Recipe, Resize, TopK, identity
 from spaces.sites import Sites, find_sites
 from spaces.space import MAX_PARAMETERS, SearchSpace, build_space
-
-T = TypeVar("T")
 
 
 class Bench:
@@ -264,15 +261,12 @@ class Bench:
             learned: of a draft that rounded in training: ranges and scales of the layers that did.
         """
         whole, ranges = self.whole(network, recipe), dict[str, LayerRanges]()
-
-        def by_module(layers: Mapping[str, T]) -> dict[str, T]:
-            return with_copies(network, whole.network, by_part(network, layers))
-
-        widths = by_module(dict.fromkeys(self.sites.facts, 32) | bits)
-        asked = by_module(integers_by_layer(recipe, self.sites))
+        widths = by_module(network, whole.network, dict.fromkeys(self.sites.facts, 32) | bits)
+        asked = by_module(network, whole.network, integers_by_layer(recipe, self.sites))
+        books = by_module(network, whole.network, codebooks_by_layer(recipe, self.sites))
         narrow = {layer: asked.get(layer, (8, 8)) for layer, width in widths.items() if width <= 8}
         widths |= {layer: self.capabilities.runs_at(widths[layer]) for layer in narrow}
-        cluster_layers(whole.network, by_module(codebooks_by_layer(recipe, self.sites)))
+        cluster_layers(whole.network, books)
         if narrow:
             known = learned or {}
             others = {layer: asked_for for layer, asked_for in narrow.items() if layer not in known}

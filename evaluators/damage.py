@@ -17,7 +17,7 @@ from evaluators.scored_damage import ScoredDamage
 from evaluators.signature import int8_weight_levels
 from spaces.apply import apply
 from spaces.detectors.base import Outputs
-from spaces.detectors.folding import with_copies
+from spaces.detectors.folding import by_module
 from spaces.effects import bits_by_layer, codebooks_by_layer, integers_by_layer
 from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
@@ -66,7 +66,7 @@ class Damage:
         books = by_part(network, codebooks_by_layer(recipe, bench.sites))
         if bits or books:
             simplified = bench.detector.simplified(network)
-            bits, books = (with_copies(network, simplified, layers) for layers in (bits, books))
+            bits, books = (by_module(network, simplified, layers) for layers in (bits, books))
             ranges = self._ranges_under(recipe, network, simplified, bits)
             network = simplified
             cluster_layers(network, books)
@@ -88,8 +88,7 @@ class Damage:
         self, recipe: Recipe, network: nn.Module, simplified: nn.Module, bits: Mapping[str, int]
     ) -> dict[str, LayerRanges]:
         """Ranges of the integer layers among those with a bit-width below 32, in a recipe's levels."""
-        integers = by_part(network, integers_by_layer(recipe, self._bench.sites))
-        integers = with_copies(network, simplified, integers)
+        integers = by_module(network, simplified, integers_by_layer(recipe, self._bench.sites))
         ranges = self._ranges_of(network, [layer for layer, width in bits.items() if width <= 8])
         return {layer: narrowed(ranges[layer], *integers[layer]) for layer in ranges}
 

@@ -26,10 +26,9 @@ from evaluators.targets.base import Predicting, Session
 from evaluators.tensor_time import tensor_share
 from evaluators.torch_session import TorchSession
 from spaces.apply import parameters, save
-from spaces.detectors.folding import with_copies
+from spaces.detectors.folding import by_module
 from spaces.effects import bits_by_layer, widths_by_layer
 from spaces.layers import count_macs
-from spaces.lowrank import by_part
 from spaces.methods.base import Draft
 from spaces.recipe import Recipe
 
@@ -99,8 +98,8 @@ class Measuring:
             )
         with bench.slot.computing():  # the profile loads and runs the model once more
             kernels = session.kernels()
-        bits = by_part(draft.network, bits_by_layer(recipe, bench.sites))
-        bits = with_copies(draft.network, bench.detector.simplified(draft.network), bits)
+        simplified = bench.detector.simplified(draft.network)
+        bits = by_module(draft.network, simplified, bits_by_layer(recipe, bench.sites))
         details = {
             "latency": paired.model_dump(mode="json"),
             **_kernels(kernels, bits, bench.capabilities.bit_widths),

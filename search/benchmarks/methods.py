@@ -21,8 +21,8 @@ from evaluators.pipeline import CandidateWorker
 from evaluators.targets.base import Detections, Session
 from search.benchmarks.method_recipes import recipe_of
 from spaces.apply import rebuild
+from spaces.detectors.folding import by_module
 from spaces.effects import bits_by_layer
-from spaces.lowrank import by_part
 from spaces.recipe import Recipe
 
 ENGINES = ("openvino", "onnxruntime")
@@ -209,7 +209,7 @@ class MethodBench:
         figures, found = bench.scored(session, self._report)
         with bench.slot.computing():
             kernels = session.kernels()
-        asked = by_part(draft.network, bits)
+        asked = by_module(draft.network, bench.detector.simplified(draft.network), bits)
         return (
             InEngine(
                 ratio=paired.ratio,

@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
 from spaces.gates import ConstantGate
-from spaces.lowrank import Factors
+from spaces.lowrank import Factors, by_part
 
 T = TypeVar("T")
 FOLDABLE = (nn.BatchNorm2d, FrozenBatchNorm2d)
@@ -64,18 +64,18 @@ def fold_norms(network: nn.Module) -> None:
                 module.register_module(norm_name, nn.Identity())
 
 
-def with_copies(network: nn.Module, simplified: nn.Module, layers: Mapping[str, T]) -> dict[str, T]:
-    """What holds for layers of a network, for all modules that `simplified` has in their place.
+def by_module(network: nn.Module, simplified: nn.Module, layers: Mapping[str, T]) -> dict[str, T]:
+    """What holds for layers, by all modules that `simplified` has in their place.
 
-    A layer that levels share has a name in each of them. Where each has a norm of its own, folding makes a
-    layer of each name.
+    Those are the factors of one, as in `by_part`, and copies: a layer that levels share has a name in each of
+    them, and where each has a norm of its own, folding makes a layer of each name.
     """
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in network.named_modules(remove_duplicate=False):
         names[module].append(name)
     there = dict(simplified.named_modules(remove_duplicate=False))
     found: dict[str, T] = {}
-    for layer, value in layers.items():
+    for layer, value in by_part(network, layers).items():
         found[layer] = value
         copies = {there.get(layer)}
         for name in names[network.get_submodule(layer)]:

@@ -11,7 +11,7 @@ from evaluators.kernels import unchosen
 from evaluators.passing import norms_behind
 from evaluators.pipeline import CandidateWorker
 from evaluators.qat import FakeQuantized, as_plain
-from spaces.detectors.folding import folded, with_copies
+from spaces.detectors.folding import by_module, folded
 
 
 class Level(nn.Module):
@@ -52,11 +52,11 @@ def head() -> Head:
 def test_what_holds_for_a_layer_holds_for_its_copies() -> None:
     network = head()
     bits = {"stem": 32, SHARED: 8, "own.conv": 16}
-    assert with_copies(network, folded(network), bits) == bits | {"levels.1.conv": 8}
-    assert with_copies(network, network, bits) == bits, "a layer of two names is one as long as it is shared"
+    assert by_module(network, folded(network), bits) == bits | {"levels.1.conv": 8}
+    assert by_module(network, network, bits) == bits, "a layer of two names is one as long as it is shared"
     alike = folded(network)
     alike.levels[1] = alike.levels[0]
-    assert with_copies(network, alike, bits) == bits
+    assert by_module(network, alike, bits) == bits
 
 
 def test_a_shared_layer_has_the_norms_of_all_its_levels() -> None:
