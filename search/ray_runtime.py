@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from spaces.errors import InputError
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 import ray
-from ray._private import ray_logging
+from ray._private import ray_logging, services
 
 _PREFIX = "paredown-ray-"
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; jobs and reports are a few kilobytes
@@ -102,7 +103,7 @@ def _local(pool: Pool, scratch: Path) -> Iterator[None]:
             # Ray's own 15 would let everybody else's processes into a latency; `nice paredown` still is.
             "RAY_worker_niceness": os.environ.get("RAY_worker_niceness", "0"),  # noqa: SIM112 (as Ray spells it)
         }
-        with environment(variables):
+        with environment(variables), _group_of_its_own():
             ray.init(
                 num_cpus=math.ceil(pool.workers * pool.cpus_per_worker),
                 num_gpus=math.ceil(pool.workers * pool.gpus),
@@ -119,6 +120,28 @@ def _local(pool: Pool, scratch: Path) -> Iterator[None]:
     finally:
         ray.shutdown()
         constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _group_of_its_own() -> Iterator[None]:
+    """Ray's processes that start in this block belong to process groups of their own.
+
+    `timeout` and shells signal our whole group. Where Ray's processes ended then, Ray's native code would end
+    this one as well, with status 1 and words of its own. Outside Linux nothing but the group tells Ray whom to
+    end with us.
+    """
+    before = services.ConsolePopen
+
+    class Apart(before):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options, process_group=0)
+
+    if sys.platform == "linux":
+        services.ConsolePopen = Apart  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before  # type: ignore[misc]
 
 
 @contextmanager

@@ -40,7 +40,9 @@ class Two:
         self.studies = {name: toy_study(folder) for name in "AB"}
 
     def parts(self, name: str) -> SearchParts:
-        return toy_parts(planner=Three(self.studies[name]), on_prepared=lambda _: self.prepared(name))
+        many = "abdefghij"  # so that no trial has the recipe of another one and takes over its result
+        planner = Three(self.studies[name])
+        return toy_parts(many, planner=planner, on_prepared=lambda _: self.prepared(name))
 
     def prepared(self, name: str) -> None:
         self.called.append(name)
