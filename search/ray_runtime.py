@@ -127,8 +127,7 @@ def _group_of_its_own() -> Iterator[None]:
     """Ray's processes that start in this block belong to process groups of their own.
 
     `timeout` and shells signal our whole group. Where Ray's processes ended then, Ray's native code would end
-    this one as well, with status 1 and words of its own. Outside Linux nothing but the group tells Ray whom to
-    end with us.
+    this one as well, with status 1 and words of its own. Outside Linux, Ray needs the group to end them all.
     """
     before = services.ConsolePopen
 
