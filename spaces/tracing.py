@@ -46,6 +46,9 @@ MAPPED = {
 }
 """How torch-pruning finds which channels of an operation belong to which of its inputs."""
 
+ROWS_OR_COLUMNS = (2, 3)
+"""Dimensions of maps `(N, channels, H, W)` along which all channels go on as they are."""
+
 
 class _Lost(Exception):
     """Channels were followed beyond what a network can have."""
@@ -122,6 +125,8 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _trace(self, *arguments: Any, **options: Any) -> Any:
         nodes = super()._trace(*arguments, **options)
         for node in nodes.values():
+            if node.type == tp.ops.OPTYPE.CONCAT and getattr(node.grad_fn, "_saved_dim", 1) in ROWS_OR_COLUMNS:
+                node.type = tp.ops.OPTYPE.ELEMENTWISE  # torch-pruning adds up the channels of all that is joined
             if "split" not in type(node.grad_fn).__name__.lower():
                 continue
             parts = [

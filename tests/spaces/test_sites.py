@@ -13,7 +13,7 @@ from spaces.errors import InputError
 from spaces.methods.factorize import Factorization
 from spaces.recipe import Prune, Recipe
 from spaces.sites import find_sites
-from tests.spaces.toy import ToyDetector, ToyNetwork
+from tests.spaces.toy import ToyDetector, ToyNetwork, block
 
 
 def test_dependency_groups_of_a_network_known_by_heart() -> None:
@@ -176,6 +176,35 @@ def test_what_cannot_be_sliced_is_left_alone(kind: str, lost: set[str]) -> None:
     choices = tuple(Prune(site=name, sparsity=0.5) for name in sites.channel)
     pruned = apply(network, Recipe(detector="toy", choices=choices), sites).network
     assert pruned(torch.rand(1, 3, 16, 16))[0].shape == (1, 4, 16, 16)
+
+
+class Stacked(nn.Module):
+    """Three maps of one pyramid in one, below or beside one another, then a linear layer over its crop."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.stem = block(3, 16)
+        self.levels = nn.ModuleList(nn.Conv2d(16, 12, 1) for _ in range(3))
+        self.crop = nn.AdaptiveAvgPool2d(4)
+        self.first, self.out = nn.Linear(12 * 16, 32), nn.Linear(32, 4)
+
+    def forward(self, images: Tensor) -> Outputs:
+        stem = self.stem(images)
+        maps = torch.cat([level(stem) for level in self.levels], dim=self.dim)
+        return (self.out(self.first(self.crop(maps).flatten(1)).relu())[:, :, None, None],)
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_maps_below_one_another_have_the_channels_of_one(dim: int) -> None:
+    sites = find_sites(ToyDetector(), Stacked(dim).eval())
+    assert {name: site.channels for name, site in sites.channel.items()} == {
+        "stem.0": 16,
+        "levels.0": 12,
+        "first": 32,
+    }
+    members = {(m.layer, m.side): len(m.channels) for m in sites.channel["levels.0"].members}
+    assert members == {**{(f"levels.{k}", "out"): 12 for k in range(3)}, ("first", "in"): 12 * 16}
 
 
 def test_a_layer_that_is_called_by_keyword_is_named() -> None:
