@@ -125,8 +125,9 @@ class _Graph(tp.DependencyGraph):  # type: ignore[misc]
     def _trace(self, *arguments: Any, **options: Any) -> Any:
         nodes = super()._trace(*arguments, **options)
         for node in nodes.values():
-            if node.type == tp.ops.OPTYPE.CONCAT and getattr(node.grad_fn, "_saved_dim", 1) in ROWS_OR_COLUMNS:
-                node.type = tp.ops.OPTYPE.ELEMENTWISE  # torch-pruning adds up the channels of all that is joined
+            joined_along = getattr(node.grad_fn, "_saved_dim", 1)
+            if node.type == tp.ops.OPTYPE.CONCAT and joined_along in ROWS_OR_COLUMNS:
+                node.type = tp.ops.OPTYPE.ELEMENTWISE  # torch-pruning would add up the channels of all parts
             if "split" not in type(node.grad_fn).__name__.lower():
                 continue
             parts = [
