@@ -9,7 +9,7 @@ import typer
 
 from search.commands.families import built, finetune, methods
 from search.commands.fronts import fronts
-from search.commands.live import live
+from search.commands.live import live, sensitivities
 from search.commands.measure import evaluate_profile, importance, latency, predict, quantize, rates, roofline
 from search.commands.options import (
     DEFAULT_STORAGE,
@@ -53,6 +53,7 @@ benchmark.command("search")(replay_search)
 benchmark.command("fronts")(fronts)
 benchmark.command("rungs")(replay_rungs)
 benchmark.command("live")(live)
+benchmark.command("sensitivities")(sensitivities)
 benchmark.command("overhead")(overhead)
 
 

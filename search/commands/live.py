@@ -1,4 +1,4 @@
-"""`paredown benchmark live`: real studies of one problem beside each other."""
+"""`paredown benchmark live` and `sensitivities`: real studies beside each other."""
 
 from __future__ import annotations
 
@@ -25,5 +25,20 @@ def live(
     courses = courses_of([load_study(name, url=storage) for name in study])
     report = output / f"live_{study[0]}.md"
     write_courses(report, courses, benchmark_facts())
+    say(report.read_text())
+    return 0
+
+
+def sensitivities(
+    study: Annotated[list[str], typer.Option("--study", help="A study; may be repeated.")],
+    storage: Storage = DEFAULT_STORAGE,
+    output: Annotated[Path, typer.Option("--output", help="Folder of the report.", metavar="DIR")] = RESULTS,
+) -> int:
+    """What it cost studies to know the damage of every option, beside a hundred of their trials."""
+    from search.benchmarks.sensitivity_cost import cost_of, write_costs
+    from search.study import load_study
+
+    report = output / "sensitivities.md"
+    write_costs(report, [cost_of(load_study(name, url=storage)) for name in study], benchmark_facts())
     say(report.read_text())
     return 0
