@@ -19,7 +19,6 @@ from spaces.apply import apply
 from spaces.detectors.base import Outputs
 from spaces.detectors.folding import by_module
 from spaces.effects import bits_by_layer, codebooks_by_layer, integers_by_layer
-from spaces.lowrank import by_part
 from spaces.methods.codebook import cluster_layers
 from spaces.recipe import Recipe, told_by_ap
 
@@ -61,9 +60,8 @@ class Damage:
             return self.of(plain) + self._scored.of(shown)
         draft = apply(bench.base, recipe, bench.sites, bench.statistics_for(recipe))
         network = self._repaired(draft.network) if draft.changed else draft.network
-        widths = by_part(network, bits_by_layer(recipe, bench.sites))
-        bits = {layer: width for layer, width in widths.items() if width < 32}
-        books = by_part(network, codebooks_by_layer(recipe, bench.sites))
+        bits = {layer: width for layer, width in bits_by_layer(recipe, bench.sites).items() if width < 32}
+        books = codebooks_by_layer(recipe, bench.sites)
         if bits or books:
             simplified = bench.detector.simplified(network)
             bits, books = (by_module(network, simplified, layers) for layers in (bits, books))

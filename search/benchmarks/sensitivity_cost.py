@@ -37,7 +37,7 @@ class Cost:
     sensitivity: float
     trials: int
     per_trial: float
-    machine: str = ""
+    machine: str
 
     @property
     def share(self) -> float:
